@@ -1,0 +1,30 @@
+"""dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
+
+Five functions do the main job; each takes its settings object, or the settings by name. Heavy libraries are imported
+when a function is called.
+"""
+
+from dbkit.class_images import generate_class_images
+from dbkit.config import ClassImagesConfig, ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit.convert import convert
+from dbkit.dataset import prepare_dataset
+from dbkit.errors import DbkitError
+from dbkit.preview import preview
+from dbkit.train import train
+from dbkit.workspace import open_workspace
+
+__version__ = "0.1.0"
+__all__ = [
+    "ClassImagesConfig",
+    "ConvertConfig",
+    "DbkitError",
+    "PrepareConfig",
+    "PreviewConfig",
+    "TrainConfig",
+    "convert",
+    "generate_class_images",
+    "open_workspace",
+    "prepare_dataset",
+    "preview",
+    "train",
+]

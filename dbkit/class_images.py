@@ -1,0 +1,123 @@
+"""generate_class_images(): what the base model thinks the class looks like, for prior preservation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbkit import draws
+from dbkit.config import ClassImagesConfig
+from dbkit.errors import DbkitError
+from dbkit.files import safe_name, whole_file, write_text
+from dbkit.images import list_images
+from dbkit.models import check_resolution, choose_device, choose_dtype, fingerprint, load_models, model_facts
+from dbkit.sampling import SAMPLER, Shot, place, sample
+from dbkit.settings import configured_by
+from dbkit.workspace import default_folder
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """The class images of one model and prompt: how many were generated now, found from before, brought by the user."""
+
+    folder: Path
+    generated: int
+    found: int
+    brought: int
+
+    def __str__(self) -> str:
+        parts = [f"{self.generated} generated", f"{self.found} found"]
+        if self.brought:
+            parts.append(f"{self.brought} brought by you, of unknown origin, used as they are")
+        return f"class images: {', '.join(parts)}: {self.folder}"
+
+
+@configured_by(ClassImagesConfig)
+def generate_class_images(config: ClassImagesConfig) -> ClassImages:
+    """Fill the folder up to num_class_images with pictures of class_prompt by the base model.
+
+    Stopped at any moment, it continues where it was. A manifest says which model, prompt, size, sampler and seed the
+    folder belongs to; images of another kind are refused, never mixed. Images without a manifest are the user's own:
+    they count and are said to be used.
+    """
+    check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
+    identity = _identity(config)
+    folder = config.class_data_dir or default_folder() / "class_images" / _key(config, identity)
+    _check_manifest(folder, identity)
+    # Ours are known by their names, which no camera and no other trainer gives.
+    present = list_images(folder) if folder.is_dir() else []
+    ours = [path for path in present if path.name.startswith("class-")] if (folder / MANIFEST).exists() else []
+    brought = len(present) - len(ours)
+    wanted = [folder / f"class-{number:05d}.png" for number in range(config.num_class_images - brought)]
+    missing = [number for number, path in enumerate(wanted) if not path.exists()]
+    if missing:
+        write_text(folder / MANIFEST, json.dumps(identity, indent=1, ensure_ascii=False))
+        _generate(config, missing, wanted)
+    return ClassImages(folder, len(missing), len(ours), brought)
+
+
+def _identity(config: ClassImagesConfig) -> dict[str, Any]:
+    return {
+        "model": fingerprint(config.pretrained_model_name_or_path, config.revision),
+        "class_prompt": config.class_prompt,
+        "negative_prompt": config.negative_prompt,
+        "resolution": config.resolution,
+        "sampler": SAMPLER,
+        "num_inference_steps": config.num_inference_steps,
+        "guidance_scale": config.guidance_scale,
+        "seed": config.seed,
+    }
+
+
+def _key(config: ClassImagesConfig, identity: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{safe_name(config.class_prompt, 40)}-{digest[:8]}"
+
+
+def _check_manifest(folder: Path, identity: dict[str, Any]) -> None:
+    path = folder / MANIFEST
+    if not path.exists():
+        return
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DbkitError(f"{path} is damaged ({error}); choose another class_data_dir") from error
+    differing = [
+        f"{name} {there.get(name)!r} instead of {identity[name]!r}"
+        for name in identity
+        if there.get(name) != identity[name]
+    ]
+    if differing:
+        raise DbkitError(
+            f"{folder} holds class images made with {', '.join(differing)}; choose another class_data_dir, or leave it "
+            "empty and dbkit keeps one folder for each model and prompt"
+        )
+
+
+def _generate(config: ClassImagesConfig, missing: list[int], wanted: list[Path]) -> None:
+    from tqdm import tqdm
+
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.mixed_precision, device)
+    models = load_models(config.pretrained_model_name_or_path, config.revision)
+    check_resolution(config.resolution, models.facts)
+    place(models, device, dtype)
+    shots = [
+        Shot(
+            config.class_prompt,
+            draws.generator(config.seed, "class image", sample=number),
+            config.guidance_scale,
+            config.negative_prompt,
+        )
+        for number in missing
+    ]
+    pictures = sample(models, shots, config.resolution, config.num_inference_steps, config.sample_batch_size, dtype)
+    for number, picture in zip(missing, tqdm(pictures, "class images", len(missing), file=sys.stdout, mininterval=1)):
+        with whole_file(wanted[number]) as partial:
+            picture.save(partial, "PNG")

@@ -1,0 +1,96 @@
+"""The command line: one command for each settings class, one flag for each setting."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from dbkit.config import COMMANDS
+from dbkit.errors import DbkitError
+from dbkit.settings import Settings, closest, field_type, is_several, type_name
+
+# Where each command's function is; it is imported when the command runs.
+_FUNCTIONS = {
+    "prepare": ("dbkit.dataset", "prepare_dataset"),
+    "class-images": ("dbkit.class_images", "generate_class_images"),
+    "train": ("dbkit.train", "train"),
+    "preview": ("dbkit.preview", "preview"),
+    "convert": ("dbkit.convert", "convert"),
+    "demo": ("dbkit.demo", "demo"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped."""
+    try:
+        command, config = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        module, function = _FUNCTIONS[command]
+        print(getattr(importlib.import_module(module), function)(config))
+        return 0
+    except DbkitError as error:
+        print(f"dbkit: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"dbkit: {interrupt or 'stopped'}", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise DbkitError(f"{message}; {self.prog} --help lists what there is")
+
+
+def _parse(arguments: list[str]) -> tuple[str, Settings]:
+    import dbkit
+
+    parser = _Parser(prog="dbkit", description=dbkit.__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dbkit {dbkit.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, cls in COMMANDS.items():
+        _add_command(commands, name, cls)
+    found, unknown = parser.parse_known_args(arguments)
+    values = vars(found)
+    command, path = values.pop("command"), values.pop("config", None)
+    cls = COMMANDS[command]
+    if unknown:
+        raise DbkitError(_unknown_argument(unknown[0], command, cls))
+    return command, cls.load(path, **values) if path else cls.from_dict(values)
+
+
+def _add_command(commands: Any, name: str, cls: type[Settings]) -> None:
+    command = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False)
+    command.add_argument("--config", metavar="FILE", help="YAML file with settings; flags win over it")
+    for field in dataclasses.fields(cls):
+        kind = field_type(cls, field.name)
+        # What is not given stays out of the result, so that flags change only what they name.
+        options = {"default": argparse.SUPPRESS, "help": _help(field)}
+        if field.metadata.get("positional"):
+            command.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
+            continue
+        flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        if kind is bool:
+            command.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, **options)
+        else:
+            metavar = type_name(kind).partition(",")[0].upper().replace(" ", "_")
+            action = "append" if is_several(kind) else "store"
+            command.add_argument(*flags, dest=field.name, metavar=metavar, action=action, **options)
+
+
+def _help(field: dataclasses.Field) -> str:
+    text = field.metadata["help"]
+    if field.default is not dataclasses.MISSING and field.default not in (None, "", ()):
+        default = field.default if not isinstance(field.default, tuple) else " ".join(map(str, field.default))
+        text += f" (default: {default})"
+    if "waits" in field.metadata:
+        text += f" (not built yet: comes with a {field.metadata['waits']})"
+    return text.replace("%", "%%")
+
+
+def _unknown_argument(argument: str, command: str, cls: type[Settings]) -> str:
+    names = [field.name for field in dataclasses.fields(cls)]
+    hint = closest(argument.partition("=")[0].lstrip("-").removeprefix("no-"), names)
+    return f"{argument} is not known to dbkit {command}{hint or f'; dbkit {command} --help lists what is'}"

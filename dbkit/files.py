@@ -1,0 +1,151 @@
+"""Files written whole or not at all; what differs between Linux, Windows and macOS is kept here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from dbkit.errors import DbkitError
+
+# Characters that Windows refuses in names. Everything else, in any script, stays.
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
+
+    A kill leaves the old file or the new one, never half of one. Raises DbkitError when the disk is full.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with full_disk_is_a_sentence(path.parent):
+            yield partial
+            sync(partial)
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file in one step, as UTF-8 with \\n line ends on every system."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+
+
+@contextlib.contextmanager
+def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
+    """Turn the several errors of a full disk into one sentence with a next step."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports the system's error inside its own exception type.
+        if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
+            free = shutil.disk_usage(_existing(folder)).free
+            raise DbkitError(
+                f"the disk of {folder} is full ({size(free)} free); free some space there, then run the same command again"
+            ) from error
+        raise
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise DbkitError when fewer than `needed` bytes are free where `folder` is."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < needed:
+        raise DbkitError(
+            f"{what} needs {size(needed)} in {folder} and {size(free)} are free; free some space or choose another folder"
+        )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def size(count: int) -> str:
+    """A number of bytes in words: 3.4 GB."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
+def sync(path: Path) -> None:
+    """Ask the system to put a file's bytes on the disk."""
+    # Windows only flushes handles opened for writing.
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Ask the system to put a folder's names on the disk. Windows has no such call, and needs none."""
+    if os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        # Network and FUSE file systems (Google Drive) may not know fsync of a folder; the file itself was synced.
+        with contextlib.suppress(OSError):
+            os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a folder to its name with -1, -2, … and return the new path. Nothing is deleted."""
+    number = 1
+    while (aside := path.with_name(f"{path.name}-{number}")).exists():
+        number += 1
+    path.rename(aside)
+    return aside
+
+
+def safe_name(text: str, limit: int = 80) -> str:
+    """text as a file name that every system takes; letters of any script stay."""
+    name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit].strip(" .-") or "unnamed"
+    return f"{name}-" if _RESERVED.fullmatch(name) else name
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """Turn Ctrl-C, the notebook's stop button and SIGTERM into a flag for the time of the block.
+
+    The work inside looks at the flag where stopping is safe. A second Ctrl-C interrupts at once. Outside the main
+    thread signals cannot be caught, and the flag stays down.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def request(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""What a run says while it trains: one line on screen, and log.jsonl, from which a view can be rebuilt."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit.errors import DbkitError
+from dbkit.files import write_text
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Log:
+    """One line of progress on screen, and one line of log.jsonl every few steps; the losses are only read then."""
+
+    def __init__(self, run: Path, done: int, total: int, interval: int) -> None:
+        from tqdm import tqdm
+
+        self.path, self.total, self.interval = run / "log.jsonl", total, interval
+        # Lines after the state that is continued from belong to steps that are taken again.
+        kept = [line for line in read_log(self.path) if line["step"] <= done]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.bar = tqdm(desc="training", initial=done, total=total, file=sys.stdout, mininterval=1)
+        self.sums, self.count, self.since = 0, 0, time.perf_counter()
+
+    def add(self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        self.sums, self.count = self.sums + losses, self.count + 1
+        self.bar.update()
+        if step % self.interval and step != self.total and step != 1:
+            return
+        loss, instance_loss, class_loss = (self.sums / self.count).tolist()
+        if not math.isfinite(loss):
+            raise DbkitError(
+                f"the loss is {loss} at step {step}; lower learning_rate and train again, which continues from the last good state"
+            )
+        if step == 1 and grad_norm.item() == 0:
+            raise DbkitError(
+                "the first step gave no gradient, so nothing would be learnt; the model may be damaged, convert it again"
+            )
+        line = {"step": step, "loss": loss, "instance_loss": instance_loss, "class_loss": class_loss}
+        line |= {"learning_rate": learning_rate, "grad_norm": grad_norm.item()}
+        line |= {"seconds_per_step": (time.perf_counter() - self.since) / self.count}
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(json.dumps(line) + "\n")
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
+        self.sums, self.count, self.since = 0, 0, time.perf_counter()
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.jsonl; a last line that a kill cut short is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

@@ -1,0 +1,67 @@
+"""The losses as pure functions of tensors. B is the batch; latents have shape (B, C, H, W), timesteps (B,)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dbkit.errors import DbkitError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_noise(
+    latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """Noisy latents x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+
+    alphas_cumprod has shape (T,) and lies on the same device, so that nothing is copied in the step.
+    """
+    alpha, sigma = _alpha_sigma(timesteps, alphas_cumprod)
+    return alpha * latents + sigma * noise
+
+
+def noise_target(
+    prediction_type: str,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    alphas_cumprod: torch.Tensor,
+) -> torch.Tensor:
+    """What the U-Net should predict: the noise, or v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0.
+
+    v-prediction: Salimans & Ho 2022, arXiv:2202.00512. Raises DbkitError for other prediction types.
+    """
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        alpha, sigma = _alpha_sigma(timesteps, alphas_cumprod)
+        return alpha * noise - sigma * latents
+    raise DbkitError(
+        f"the model predicts {prediction_type!r}; dbkit trains models that predict epsilon or v_prediction"
+    )
+
+
+def _alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    alpha_bar = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def per_sample_mse(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample, shape (B,), computed in fp32 whatever the inputs are."""
+    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+
+
+def prior_preservation_loss(
+    sample_losses: torch.Tensor, instances: int, prior_loss_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """L = L_instance + prior_loss_weight * L_class (Ruiz et al. 2023, arXiv:2208.12242, eq. 2), and its two parts.
+
+    sample_losses has shape (B,): the first `instances` are instance images, the rest (maybe none) class images. Each
+    part is the mean over its own samples.
+    """
+    instance_loss = sample_losses[:instances].mean()
+    if len(sample_losses) == instances:
+        return instance_loss, instance_loss, instance_loss.new_zeros(())
+    class_loss = sample_losses[instances:].mean()
+    return instance_loss + prior_loss_weight * class_loss, instance_loss, class_loss

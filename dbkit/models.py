@@ -1,0 +1,424 @@
+"""Load and save the five parts of a Stable Diffusion model: tokenizer, text encoder, VAE, U-Net, noise scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit.errors import DbkitError
+from dbkit.files import full_disk_is_a_sentence, write_text
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+# The part that proves a folder to be what it says, and its configuration file.
+_CONFIGS = {
+    "tokenizer": "tokenizer_config.json",
+    "text_encoder": "config.json",
+    "vae": "config.json",
+    "unet": "config.json",
+    "scheduler": "scheduler_config.json",
+}
+WEIGHTS = {
+    "text_encoder": "model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "unet": "diffusion_pytorch_model.safetensors",
+}
+TEXT_PREFIX = "text_model."
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the configuration files of a model folder tell before anything is loaded."""
+
+    vae_scale_factor: int
+    resolution: int
+    prediction_type: str
+
+
+@dataclass
+class Models:
+    """The parts, in memory. Weights are fp32 unless another type was asked for."""
+
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    noise_scheduler: SchedulerMixin
+    # The scheduler's settings as the model came with them, so that its own sampler is saved again.
+    scheduler_config: dict[str, Any]
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels for each latent along a side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def facts(self) -> Facts:
+        """The same facts that model_facts() reads from a folder."""
+        side = self.unet.config.sample_size * self.vae_scale_factor
+        return Facts(self.vae_scale_factor, side, self.noise_scheduler.config.prediction_type)
+
+
+def model_facts(name_or_path: str | Path) -> Facts | None:
+    """Check a local model folder from its small files; None for a Hugging Face id, known only once downloaded.
+
+    Raises DbkitError when a part is missing or the model is of a family that dbkit cannot train yet.
+    """
+    folder = Path(name_or_path)
+    if folder.is_file():
+        raise DbkitError(
+            f"{folder} is a single file; convert it first: dbkit convert {folder} {folder.with_suffix('')}"
+        )
+    if not folder.is_dir():
+        _require_hub_id(str(name_or_path))
+        return None
+    if (folder / "text_encoder_2").exists():
+        raise DbkitError(f"{folder} is a Stable Diffusion XL model; dbkit trains Stable Diffusion 1.x and 2.x")
+    missing = [f"{part}/{_CONFIGS[part]}" for part in PARTS if not (folder / part / _CONFIGS[part]).is_file()]
+    missing += [f"{part} weights" for part in WEIGHTS if not _weight_files(folder / part)]
+    if missing:
+        raise DbkitError(
+            f"the model folder {folder} lacks {', '.join(missing)}; copy the model again, or convert the original file again"
+        )
+    vae, unet, scheduler = (read_config(folder, part) for part in ("vae", "unet", "scheduler"))
+    if unet.get("in_channels") != vae.get("latent_channels"):
+        raise DbkitError(
+            f"{folder} is an inpainting model ({unet.get('in_channels')} input channels); dbkit cannot train those yet, "
+            "take the plain model of the same family"
+        )
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    return Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
+
+
+def _require_hub_id(name: str) -> None:
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+        raise DbkitError(
+            f"there is no model folder {name}; check the path, or give a Hugging Face id such as owner/name"
+        )
+
+
+def check_resolution(resolution: int, facts: Facts | None) -> None:
+    """Raise DbkitError unless the VAE can encode images of this size."""
+    if facts and resolution % facts.vae_scale_factor:
+        factor = facts.vae_scale_factor
+        nearest = max(1, round(resolution / factor)) * factor
+        raise DbkitError(
+            f"resolution is {resolution}; this model's VAE needs a multiple of {factor}, for instance {nearest}"
+        )
+
+
+def read_config(folder: Path, part: str) -> dict[str, Any]:
+    """The configuration of one part of a model folder."""
+    path = folder / part / _CONFIGS[part]
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DbkitError(f"{path} is not readable ({error}); copy the model again") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weight files of one part: safetensors before pickled ones, full precision before variants."""
+    for pattern in ("*.safetensors", "*.bin"):
+        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+        whole = [path for path in files if ".fp16" not in path.name and "non_ema" not in path.name]
+        if whole or files:
+            return whole or files
+    return []
+
+
+def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer_name: str | None = None) -> Models:
+    """Load the parts in fp32 on the CPU. The U-Net and the text encoder are in training mode off.
+
+    Raises DbkitError when a part is missing, damaged or cannot be downloaded.
+    """
+    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    model_facts(name_or_path)
+    options = {"revision": revision} if revision else {}
+    with _loading(name_or_path):
+        variant = _variant(Path(name_or_path))
+        if tokenizer_name:
+            tokenizer = load_tokenizer(tokenizer_name)
+        else:
+            tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **options)
+        text_encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder="text_encoder", **options, **variant)
+        vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", **options, **variant)
+        unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", **options, **variant)
+        scheduler_config = DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **options)
+        noise_scheduler = DDPMScheduler.from_config(scheduler_config)
+    models = Models(tokenizer, text_encoder, vae, unet, noise_scheduler, dict(scheduler_config))
+    for module in (text_encoder, vae, unet):
+        module.float().eval().requires_grad_(False)
+    _check_family(models, name_or_path)
+    return models
+
+
+def _variant(folder: Path) -> dict[str, str]:
+    """diffusers only looks at *.fp16.safetensors when told to."""
+    files = _weight_files(folder / "unet") if folder.is_dir() else []
+    return {"variant": "fp16"} if files and all(".fp16" in path.name for path in files) else {}
+
+
+def _check_family(models: Models, name: str | Path) -> None:
+    text, unet = models.text_encoder.config.hidden_size, models.unet.config
+    if unet.cross_attention_dim != text:
+        raise DbkitError(
+            f"{name} does not fit together: its U-Net expects text states of width {unet.cross_attention_dim}, "
+            f"its text encoder gives {text}; take both from one model"
+        )
+    if unet.in_channels != models.vae.config.latent_channels:
+        raise DbkitError(
+            f"{name} has {unet.in_channels} input channels, as inpainting models have; dbkit cannot train those yet"
+        )
+    vocabulary = models.text_encoder.config.vocab_size
+    if len(models.tokenizer) > vocabulary:
+        raise DbkitError(
+            f"the tokenizer knows {len(models.tokenizer)} tokens and the text encoder {vocabulary}; take both from one model"
+        )
+
+
+@contextlib.contextmanager
+def _loading(name: str | Path) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "copy or convert it again" if Path(name).is_dir() else "check the id, the connection and the token"
+        raise DbkitError(f"the model {name} cannot be loaded ({reason}); {where}") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice off the screen; what matters is said by dbkit itself."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    bars = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    try:
+        for log, _ in levels:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for log, level in levels:
+            log.set_verbosity(level)
+        for log, enabled in bars:
+            if enabled:
+                log.enable_progress_bar()
+
+
+def save_models(models: Models, folder: Path, precision: str | None = None) -> None:
+    """Write a diffusers folder with the weights in fp16, bf16, fp32 or as they are, then read them back and compare.
+
+    The text encoder's keys carry their `text_model.` prefix: transformers before version 5 loads a folder without it
+    as a random text encoder. The tokenizer is written in both of its formats.
+    """
+    with full_disk_is_a_sentence(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        modules = {"text_encoder": models.text_encoder, "vae": models.vae, "unet": models.unet}
+        for part, module in modules.items():
+            _save_module(module, folder, part, precision)
+        save_tokenizer(models.tokenizer, folder / "tokenizer")
+        (folder / "scheduler").mkdir(exist_ok=True)
+        write_text(folder / "scheduler" / _CONFIGS["scheduler"], json.dumps(models.scheduler_config, indent=2))
+        write_text(folder / "model_index.json", json.dumps(_model_index(models), indent=2))
+
+
+def _model_index(models: Models) -> dict[str, Any]:
+    import diffusers
+
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", models.scheduler_config["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+
+
+def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: str | None) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(precision)
+    target = folder / part
+    target.mkdir(exist_ok=True)
+    if part == "text_encoder":
+        module.config.architectures = ["CLIPTextModel"]
+        module.config.save_pretrained(target)
+    else:
+        module.save_config(target)
+    weights = {}
+    for name, tensor in state_dict(module, part).items():
+        cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+        if tensor.is_floating_point() and not cast.isfinite().all():
+            raise DbkitError(
+                f"the weight {name} of the {part} does not fit in {precision}; set save_precision to bf16 or fp32"
+            )
+        weights[name] = cast
+    path = target / WEIGHTS[part]
+    save_file(weights, path, metadata={"format": "pt"})
+    written = load_file(path)
+    if written.keys() != weights.keys() or not all(torch.equal(written[name], weights[name]) for name in weights):
+        raise DbkitError(
+            f"{path} reads back differently from what was written; the disk may be failing, save elsewhere"
+        )
+
+
+def state_dict(module: torch.nn.Module, part: str) -> dict[str, torch.Tensor]:
+    """A part's weights under the names that every version of the libraries knows."""
+    weights = module.state_dict()
+    if part != "text_encoder":
+        return weights
+    weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
+    return {name if name.startswith(TEXT_PREFIX) else TEXT_PREFIX + name: tensor for name, tensor in weights.items()}
+
+
+def load_state_dict(module: torch.nn.Module, part: str, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
+    """Put weights saved by state_dict() into a part, by copy or by assignment; missing and unknown names raise."""
+    if part == "text_encoder" and not next(iter(module.state_dict())).startswith(TEXT_PREFIX):
+        weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+    module.load_state_dict(weights, strict=True, assign=assign)
+
+
+def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
+    """The weights of one part of a model folder exactly as they are stored. Pickled files are read as data only."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    weights = {}
+    for path in _weight_files(folder / part):
+        try:
+            safe = path.suffix == ".safetensors"
+            weights |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise DbkitError(
+                f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy the model again"
+            ) from error
+    return weights
+
+
+# The tokenizer of every Stable Diffusion 1 model, at the commit this was written against.
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+_CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+
+
+def load_tokenizer(name: str | None) -> CLIPTokenizer:
+    """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1."""
+    from transformers import CLIPTokenizer
+
+    with _loading(f"tokenizer {name or CLIP_TOKENIZER}"):
+        if name:
+            return CLIPTokenizer.from_pretrained(name)
+        return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, revision=_CLIP_REVISION)
+
+
+def load_tokenizer_tables(vocabulary: dict[str, int], merges: list[str], config: dict[str, Any]) -> CLIPTokenizer:
+    """A tokenizer from the tables that tokenizer_tables() gives, and the settings beside them."""
+    with tempfile.TemporaryDirectory(prefix="dbkit-") as name:
+        folder = Path(name)
+        _write_tables(vocabulary, merges, folder)
+        write_text(folder / _CONFIGS["tokenizer"], json.dumps(config))
+        return load_tokenizer(str(folder))
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the tokenizer as transformers does, plus vocab.json and merges.txt, which older clients read."""
+    tokenizer.save_pretrained(folder)
+    vocabulary, merges = tokenizer_tables(folder)
+    _write_tables(vocabulary, merges, folder)
+
+
+def _write_tables(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary and the merges of a saved CLIP tokenizer, in whichever format it was saved."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        return vocabulary, [line for line in lines if line and not line.startswith("#version")]
+    if not (folder / "tokenizer.json").is_file():
+        raise DbkitError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy the model again")
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges
+
+
+def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
+    """What tells one base model from another: for a folder a hash of samples of its weights, else the id and revision.
+
+    Any training changes every weight, so 16 samples of 64 KB from each file are enough, and a 4 GB model on Drive
+    is told apart in a second.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return f"{name_or_path}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for part in WEIGHTS:
+        for path in _weight_files(folder / part):
+            length = path.stat().st_size
+            digest.update(f"{part}/{length}".encode())
+            with path.open("rb") as file:
+                for number in range(16):
+                    file.seek(math.floor(length * number / 16))
+                    digest.update(file.read(1 << 16))
+    return digest.hexdigest()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the best one there is. Raises DbkitError if it is not there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        hint = "on Colab choose Runtime, Change runtime type, GPU" if name == "cuda" else "choose auto or cpu"
+        raise DbkitError(f"device is {name}, and this machine has none; {hint}")
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products run in: what was asked for, or what the device is good at.
+
+    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on the CPU and on Apple's GPUs.
+    """
+    import torch
+
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if precision == "fp16" and device.type == "cpu":
+        raise DbkitError("mixed_precision is fp16, which needs a GPU; choose auto, no or bf16 on the CPU")
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -1,0 +1,269 @@
+"""How settings work: declared once, coerced by type, checked together, read from and written to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import types
+import typing
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from dbkit.errors import DbkitError
+from dbkit.files import write_text
+
+Config = TypeVar("Config", bound="Settings")
+
+
+def setting(default: Any, help: str, **facts: Any) -> Any:
+    """A field of a settings class. default may be `...` for a required one.
+
+    facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
+    flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
+    between the sessions of one run), waits (why the setting is refused for now), secret (never saved).
+    """
+    metadata = {"help": help, **facts}
+    if default is ...:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Base of the settings classes: values are coerced to their declared types and checked when made."""
+
+    def __post_init__(self) -> None:
+        mistakes = []
+        for field in dataclasses.fields(self):
+            try:
+                value = coerce(getattr(self, field.name), field_type(type(self), field.name))
+                object.__setattr__(self, field.name, value)
+                _check_range(field, value)
+            except ValueError as error:
+                mistakes.append(f"{field.name} {error}")
+        # Relations between settings are only looked at once each setting is what it claims to be.
+        mistakes = mistakes or self.contradictions()
+        if mistakes:
+            raise DbkitError(_join(mistakes))
+
+    def contradictions(self) -> list[str]:
+        """Sentences about settings that do not go together. Empty when all is well."""
+        return []
+
+    @classmethod
+    def from_dict(cls: type[Config], values: dict[str, Any], origin: str = "") -> Config:
+        """Make the settings from names and values; every unknown or missing name is reported at once."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        where = f" in {origin}" if origin else ""
+        mistakes = [
+            f"there is no setting {name!r}{where}{closest(name, names)}" for name in values if name not in names
+        ]
+        required = [
+            f.name for f in dataclasses.fields(cls) if f.default is MISSING and values.get(f.name) in (None, "")
+        ]
+        mistakes += [f"{name} is missing{where}; give it a value" for name in required]
+        if mistakes:
+            raise DbkitError(_join(mistakes))
+        return cls(**values)
+
+    @classmethod
+    def load(cls: type[Config], path: str | Path, **changes: Any) -> Config:
+        """Read settings from a YAML file; changes win over the file."""
+        return cls.from_dict({**read_yaml(path), **changes}, origin=str(path))
+
+    def save(self, path: str | Path) -> Path:
+        """Write the settings as YAML, each with its help as a comment. Secrets are left out."""
+        path = Path(path)
+        write_text(path, to_yaml(self))
+        return path
+
+
+def configured_by(cls: type[Config]):
+    """Let a function of one settings object be called with that object, or with its fields by name.
+
+    Positional settings may be given without their names. A settings object and fields together: the fields win. The
+    signature that help() shows is that of the settings class.
+    """
+
+    def decorate(function):
+        @functools.wraps(function)
+        def called(*values, **changes):
+            if values and isinstance(values[0], cls):
+                if len(values) > 1:
+                    raise TypeError(f"{function.__name__}() takes one {cls.__name__}, then settings by name")
+                return function(replace(values[0], **changes) if changes else values[0])
+            names = [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
+            if len(values) > len(names):
+                raise TypeError(
+                    f"{function.__name__}() takes {cls.__name__} or settings by name, not {values[len(names)]!r}"
+                )
+            return function(cls.from_dict({**dict(zip(names, values)), **changes}))
+
+        called.__signature__ = inspect.signature(cls)
+        return called
+
+    return decorate
+
+
+def replace(config: Config, **changes: Any) -> Config:
+    """A copy of the settings with some changed; unknown names are refused with the nearest one."""
+    return type(config).from_dict({**dataclasses.asdict(config), **changes})
+
+
+def field_type(cls: type[Settings], name: str) -> Any:
+    """The declared type of a setting, evaluated."""
+    return _field_types(cls)[name]
+
+
+@functools.cache
+def _field_types(cls: type[Settings]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def coerce(value: Any, kind: Any) -> Any:
+    """The value as its declared type; text from a flag, a form or YAML included. Raises ValueError: half a sentence."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        inner = next(k for k in typing.get_args(kind) if k is not type(None))
+        return None if value is None or value == "" else coerce(value, inner)
+    if typing.get_origin(kind) is tuple:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return tuple(coerce(item, typing.get_args(kind)[0]) for item in items)
+    if typing.get_origin(kind) is Literal:
+        return _coerce_choice(value, typing.get_args(kind))
+    if kind is bool:
+        return _coerce_bool(value)
+    if kind in (int, float):
+        return _coerce_number(value, kind)
+    if value is None or isinstance(value, (bool, list, tuple, dict)):
+        raise ValueError(f"is {value!r}; write text")
+    if kind is Path:
+        if not str(value).strip():
+            raise ValueError("is empty; write a path")
+        return Path(value).expanduser()
+    return str(value)
+
+
+def _coerce_choice(value: Any, choices: tuple[str, ...]) -> str:
+    value = {False: "no", True: "yes", None: "none"}.get(value, value) if not isinstance(value, str) else value
+    if value not in choices:
+        raise ValueError(f"is {value!r}; choose one of {', '.join(choices)}{closest(str(value), choices)}")
+    return value
+
+
+def _coerce_bool(value: Any) -> bool:
+    known = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    if str(value).strip().lower() not in known:
+        raise ValueError(f"is {value!r}; write true or false")
+    return known[str(value).strip().lower()]
+
+
+def _coerce_number(value: Any, kind: type) -> int | float:
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        number = kind(value) if not isinstance(value, str) else kind(value.strip().replace("_", ""))
+        if kind is int and isinstance(value, float) and number != value:
+            raise ValueError
+        if kind is float and number != number:
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"is {value!r}; write {'a whole number' if kind is int else 'a number'}") from None
+    return number
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    facts = field.metadata
+    for number in value if isinstance(value, tuple) else (value,):
+        if not isinstance(number, (int, float)) or isinstance(number, bool):
+            continue
+        if "min" in facts and number < facts["min"]:
+            raise ValueError(f"is {number}; it must be at least {facts['min']}")
+        if "above" in facts and number <= facts["above"]:
+            raise ValueError(f"is {number}; it must be more than {facts['above']}")
+        if "max" in facts and number > facts["max"]:
+            raise ValueError(f"is {number}; it must be at most {facts['max']}")
+
+
+def waiting(config: Settings) -> list[str]:
+    """Settings that are known but not built yet refuse rather than do nothing."""
+    return [
+        f"{field.name} is not built yet: it comes with a {field.metadata['waits']}; leave it out for now"
+        for field in dataclasses.fields(config)
+        if "waits" in field.metadata and getattr(config, field.name) != field.default
+    ]
+
+
+def closest(name: str, names: typing.Iterable[str]) -> str:
+    """Half a sentence with the nearest name, or nothing if none is near."""
+    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _join(mistakes: list[str]) -> str:
+    if len(mistakes) == 1:
+        return mistakes[0]
+    return f"{len(mistakes)} settings need a change:" + "".join(f"\n  - {mistake}" for mistake in mistakes)
+
+
+def plain(config: Settings) -> dict[str, Any]:
+    """The settings as plain text, numbers and lists, without the secrets: what YAML, JSON and metadata hold."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not field.metadata.get("secret"):
+            values[field.name] = (
+                list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+            )
+    return values
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The names and values of a YAML settings file."""
+    import yaml
+
+    path = Path(path)
+    if not path.is_file():
+        raise DbkitError(f"there is no settings file {path}; check the path")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DbkitError(f"{path} is not readable as YAML ({' '.join(str(error).split())}); mend that line") from error
+    if values is not None and not isinstance(values, dict):
+        raise DbkitError(f"{path} holds no settings; write lines of the form name: value")
+    return values or {}
+
+
+def to_yaml(config: Settings) -> str:
+    """The settings as YAML text, each value under its help."""
+    import yaml
+
+    lines = []
+    for field in dataclasses.fields(config):
+        if field.name in (values := plain(config)):
+            value = yaml.safe_dump({field.name: values[field.name]}, allow_unicode=True, width=10**6)
+            lines.append(f"# {field.metadata['help']}\n{value}")
+    return "".join(lines)
+
+
+def is_path(kind: Any) -> bool:
+    """Whether a declared type is a path, required or not."""
+    return kind is Path or Path in typing.get_args(kind)
+
+
+def is_several(kind: Any) -> bool:
+    """Whether a declared type is a tuple of values."""
+    return typing.get_origin(kind) is tuple
+
+
+def type_name(kind: Any) -> str:
+    """A declared type in a user's words."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return type_name(next(k for k in typing.get_args(kind) if k is not type(None)))
+    if typing.get_origin(kind) is tuple:
+        return f"{type_name(typing.get_args(kind)[0])}, several"
+    if typing.get_origin(kind) is Literal:
+        return " / ".join(typing.get_args(kind))
+    return {bool: "switch", int: "whole number", float: "number", str: "text", Path: "path"}[kind]

@@ -1,0 +1,81 @@
+"""The folder layout. Google Drive, Colab and local machines are told apart here and nowhere else."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from dbkit.errors import DbkitError
+from dbkit.settings import Settings, field_type, is_path
+
+Config = TypeVar("Config", bound=Settings)
+
+_DRIVE = Path("/content/drive")
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The one thing that notebooks share: a folder with everything a person makes."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        for folder in ("photos", "settings", "models", "datasets", "class_images", "runs", "exports"):
+            try:
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DbkitError(
+                    f"the workspace {self.path} cannot be made ({error.strerror}); set DBKIT_WORKSPACE to a folder you can write to"
+                ) from error
+
+    def settings_file(self, name: str) -> Path:
+        """Where the settings of one form are kept."""
+        return self.path / "settings" / f"{name}.yaml"
+
+    def newest(self, pattern: str) -> Path | None:
+        """The path matching the pattern below the workspace that changed last; folders count by what is in them."""
+        return max(self.path.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+
+    def anchor(self, config: Config) -> Config:
+        """The same settings with relative paths taken from the workspace instead of the current folder."""
+        changes = {}
+        for field in dataclasses.fields(config):
+            value = getattr(config, field.name)
+            if is_path(field_type(type(config), field.name)) and value is not None:
+                changes[field.name] = self.path / value
+        model = getattr(config, "pretrained_model_name_or_path", None)
+        if model and (self.path / model).exists():
+            changes["pretrained_model_name_or_path"] = str(self.path / model)
+        return dataclasses.replace(config, **changes)
+
+    def __str__(self) -> str:
+        return f"workspace: {self.path}"
+
+
+def default_folder() -> Path:
+    """DBKIT_WORKSPACE if set; on Colab with Drive mounted MyDrive/dbkit; else ./workspace."""
+    if named := os.environ.get("DBKIT_WORKSPACE"):
+        return Path(named).expanduser().absolute()
+    if on_colab() and (_DRIVE / "MyDrive").exists():
+        return _DRIVE / "MyDrive" / "dbkit"
+    return Path("workspace").absolute()
+
+
+def on_colab() -> bool:
+    """Whether this kernel is Google Colab's, which imports its own package before the first cell."""
+    return "google.colab" in sys.modules
+
+
+def open_workspace(folder: str | Path | None = None) -> Workspace:
+    """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given."""
+    if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ:
+        from google.colab import drive
+
+        drive.mount(str(_DRIVE))
+        if not (_DRIVE / "MyDrive").exists():
+            raise DbkitError("Google Drive is not mounted; run the cell again and allow access")
+    return Workspace(Path(folder).expanduser().absolute() if folder else default_folder())

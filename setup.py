@@ -1,0 +1,35 @@
+"""Packaging. Lower bounds only: installing dbkit replaces nothing that a machine already has."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="dbkit",
+    version="0.1.0",
+    description="Teach Stable Diffusion a subject or a style from a handful of pictures",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["dbkit", "dbkit.data_templates"],
+    package_dir={"dbkit.data_templates": "data_templates"},
+    package_data={"dbkit.data_templates": ["*", "*/*"]},
+    install_requires=[
+        "torch>=2.4",
+        "diffusers>=0.30",
+        "transformers>=4.44",
+        "accelerate>=0.33",
+        "safetensors>=0.4",
+        "Pillow>=10.1",
+        "ipywidgets>=7.7",
+        "PyYAML>=6.0",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "caption": [],
+        "log": ["tensorboard>=2.10"],
+        "test": ["ipykernel>=6", "nbclient>=0.7", "nbval>=0.10", "pytest>=8", "ruff>=0.6"],
+    },
+    entry_points={"console_scripts": ["dbkit=dbkit.cli:main"]},
+)
