@@ -29,7 +29,7 @@ setup(
     extras_require={
         "caption": [],
         "log": ["tensorboard>=2.10"],
-        "test": ["ipykernel>=6", "nbclient>=0.7", "nbval>=0.10", "pytest>=8", "ruff>=0.6"],
+        "test": ["bitsandbytes>=0.43", "ipykernel>=6", "nbclient>=0.7", "nbval>=0.10", "pytest>=8", "ruff>=0.6"],
     },
     entry_points={"console_scripts": ["dbkit=dbkit.cli:main"]},
 )

@@ -11,7 +11,7 @@ from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
 from dbkit.preview import preview
 from dbkit.train import train
-from dbkit.workspace import open_workspace
+from dbkit.workspace import describe_machine, open_workspace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "PreviewConfig",
     "TrainConfig",
     "convert",
+    "describe_machine",
     "generate_class_images",
     "open_workspace",
     "prepare_dataset",

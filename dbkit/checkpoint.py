@@ -122,7 +122,7 @@ def _remove(folder: Path) -> None:
 
 
 def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[str, dict[str, Any]]) -> None:
-    """Write what a run needs to continue exactly: fp32 weights, and the state dicts of optimizer and gradient scaler."""
+    """Write what a run needs to continue exactly: fp32 weights, and the states of optimizer and gradient scaler."""
     import torch
     from safetensors.torch import save_file
 

@@ -144,7 +144,8 @@ def _read_file(path: Path, suffix: str) -> tuple[Tensors, dict[str, Any] | None]
         facts = json.loads(metadata[METADATA]) if METADATA in metadata else None
     except pickle.UnpicklingError as error:
         raise DbkitError(
-            f"{path} holds more than tensors, which could run code when loaded, so it is refused; look for a .safetensors file of it"
+            f"{path} holds more than tensors, which could run code when loaded, so it is refused; look for "
+            "a .safetensors file of it"
         ) from error
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -164,7 +165,7 @@ def _write_file(tensors: Tensors, facts: str, path: Path, suffix: str) -> None:
 
 
 def _facts(folder: Path) -> dict[str, Any]:
-    """What a file must carry so that the same folder can be made of it: the parts' settings and an unusual tokenizer."""
+    """What a file must carry to become the same folder again: the parts' settings and an unusual tokenizer."""
     configs = {part: read_config(folder, part) for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer")}
     vocabulary, merges = tokenizer_tables(folder / "tokenizer")
     # The tokenizer of CLIP ViT-L/14, which every Stable Diffusion 1 model has, is known by a few of its tokens.
@@ -270,7 +271,7 @@ def _tables(names: dict[str, list[str]], original: bool) -> dict[str, dict[str, 
 
 
 def _reshaped(part: str, original_name: str, tensor: torch.Tensor, original: bool) -> torch.Tensor:
-    """The VAE's attention is a 1 × 1 convolution (C, C, 1, 1) in original files and a linear layer (C, C) in folders."""
+    """The VAE's attention is a convolution (C, C, 1, 1) in original files and a linear layer (C, C) in folders."""
     if (
         part == "vae"
         and ".mid.attn_1." in f".{original_name}"
@@ -298,7 +299,8 @@ def _require_equal(written: Tensors, wanted: Tensors, destination: Path) -> None
     different += [name for name in wanted if name in written and not torch.equal(written[name], wanted[name])]
     if different:
         raise DbkitError(
-            f"{destination} reads back differently from its source ({_some(different)}); the disk may be failing, write elsewhere"
+            f"{destination} reads back differently from its source ({_some(different)}); the disk may be "
+            "failing, write elsewhere"
         )
 
 
@@ -329,7 +331,8 @@ def _write_folder(
             }
     except (ValueError, TypeError, KeyError) as error:
         raise DbkitError(
-            f"{config.source} has the widths of no Stable Diffusion 1 model ({error}), and nothing in the file says more; "
+            f"{config.source} has the widths of no Stable Diffusion 1 model ({error}), and nothing in the "
+            "file says more; "
             "convert the folder it was made from again with dbkit, which writes them down"
         ) from error
     for part, module in modules.items():
@@ -338,7 +341,8 @@ def _write_folder(
         except RuntimeError as error:
             lines = str(error).strip().splitlines()[1:11]
             raise DbkitError(
-                f"{config.source} is not a whole Stable Diffusion 1 model; its {part}: {' '.join(' '.join(lines).split())[:600]}"
+                f"{config.source} is not a whole Stable Diffusion 1 model; its {part}: "
+                f"{' '.join(' '.join(lines).split())[:600]}"
             ) from error
     if facts and facts["tokenizer"]:
         tables = facts["tokenizer"]
@@ -354,7 +358,7 @@ def _write_folder(
 
 
 def _sd1_configs(weights: dict[str, Tensors]) -> dict[str, Any]:
-    """The settings of a Stable Diffusion 1 model: widths and depths from the tensors, the family's values for the rest."""
+    """Settings of a Stable Diffusion 1 model: widths and depths from its tensors, the family's for the rest."""
     unet, vae, text = weights["unet"], weights["vae"], weights["text_encoder"]
     levels = keys.count(unet, r"down_blocks\.(\d+)\.")
     attention = [f"down_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]

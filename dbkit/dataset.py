@@ -259,7 +259,8 @@ def instance_examples(config: TrainConfig) -> list[Example]:
         prompts = {path: read_caption(path) for path in paths}
         if missing := [path.name for path, prompt in prompts.items() if not prompt]:
             raise DbkitError(
-                f"{len(missing)} of {len(paths)} images in {config.instance_data_dir} have no caption ({_some(missing)}); "
+                f"{len(missing)} of {len(paths)} images in {config.instance_data_dir} have no caption "
+                f"({_some(missing)}); "
                 "write a .txt file of the same name beside each (notebook 3 helps)"
             )
     elif config.use_filename_as_label:

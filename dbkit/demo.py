@@ -1,4 +1,4 @@
-"""The main job on what dbkit carries itself: a small random model and sample pictures. It needs no download and no GPU."""
+"""The main job on what dbkit carries: a small random model and sample pictures. No download, no GPU."""
 
 from __future__ import annotations
 

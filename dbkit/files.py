@@ -56,7 +56,8 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
         if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
             free = shutil.disk_usage(_existing(folder)).free
             raise DbkitError(
-                f"the disk of {folder} is full ({size(free)} free); free some space there, then run the same command again"
+                f"the disk of {folder} is full ({size(free)} free); free some space there, then run the "
+                "same command again"
             ) from error
         raise
 
@@ -66,7 +67,8 @@ def require_space(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise DbkitError(
-            f"{what} needs {size(needed)} in {folder} and {size(free)} are free; free some space or choose another folder"
+            f"{what} needs {size(needed)} in {folder} and {size(free)} are free; free some space or choose "
+            "another folder"
         )
 
 

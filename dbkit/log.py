@@ -37,11 +37,13 @@ class Log:
         loss, instance_loss, class_loss = (self.sums / self.count).tolist()
         if not math.isfinite(loss):
             raise DbkitError(
-                f"the loss is {loss} at step {step}; lower learning_rate and train again, which continues from the last good state"
+                f"the loss is {loss} at step {step}; lower learning_rate and train again, which continues "
+                "from the last good state"
             )
         if step == 1 and grad_norm.item() == 0:
             raise DbkitError(
-                "the first step gave no gradient, so nothing would be learnt; the model may be damaged, convert it again"
+                "the first step gave no gradient, so nothing would be learnt; the model may be damaged, "
+                "convert it again"
             )
         line = {"step": step, "loss": loss, "instance_loss": instance_loss, "class_loss": class_loss}
         line |= {"learning_rate": learning_rate, "grad_norm": grad_norm.item()}

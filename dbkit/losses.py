@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def add_noise(
     latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
-    """Noisy latents x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
+    """Noisy latents sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) noise (Ho et al. 2020, arXiv:2006.11239, eq. 4).
 
     alphas_cumprod has shape (T,) and lies on the same device, so that nothing is copied in the step.
     """

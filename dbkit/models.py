@@ -91,12 +91,14 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
     missing += [f"{part} weights" for part in WEIGHTS if not _weight_files(folder / part)]
     if missing:
         raise DbkitError(
-            f"the model folder {folder} lacks {', '.join(missing)}; copy the model again, or convert the original file again"
+            f"the model folder {folder} lacks {', '.join(missing)}; copy the model again, or convert the "
+            "original file again"
         )
     vae, unet, scheduler = (read_config(folder, part) for part in ("vae", "unet", "scheduler"))
     if unet.get("in_channels") != vae.get("latent_channels"):
         raise DbkitError(
-            f"{folder} is an inpainting model ({unet.get('in_channels')} input channels); dbkit cannot train those yet, "
+            f"{folder} is an inpainting model ({unet.get('in_channels')} input channels); dbkit cannot "
+            "train those yet, "
             "take the plain model of the same family"
         )
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
@@ -187,7 +189,8 @@ def _check_family(models: Models, name: str | Path) -> None:
     vocabulary = models.text_encoder.config.vocab_size
     if len(models.tokenizer) > vocabulary:
         raise DbkitError(
-            f"the tokenizer knows {len(models.tokenizer)} tokens and the text encoder {vocabulary}; take both from one model"
+            f"the tokenizer knows {len(models.tokenizer)} tokens and the text encoder {vocabulary}; take "
+            "both from one model"
         )
 
 

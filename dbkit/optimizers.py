@@ -26,7 +26,8 @@ def probe_8bit_adam(device: torch.device) -> None:
     except (ImportError, RuntimeError, OSError, AttributeError, NotImplementedError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DbkitError(
-            f"use_8bit_adam needs bitsandbytes, which does not work here ({reason}); pip install bitsandbytes, or leave it off"
+            f"use_8bit_adam needs bitsandbytes, which does not work here ({reason}); pip install "
+            "bitsandbytes, or leave it off"
         ) from error
     if not moved:
         raise DbkitError("use_8bit_adam: a test step of bitsandbytes changed nothing; leave it off on this machine")

@@ -253,6 +253,11 @@ def is_path(kind: Any) -> bool:
     return kind is Path or Path in typing.get_args(kind)
 
 
+def is_optional(kind: Any) -> bool:
+    """Whether a declared type can be empty."""
+    return type(None) in typing.get_args(kind)
+
+
 def is_several(kind: Any) -> bool:
     """Whether a declared type is a tuple of values."""
     return typing.get_origin(kind) is tuple

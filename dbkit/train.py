@@ -213,7 +213,7 @@ def _newest_state(run: Path) -> Checkpoint | None:
 
 
 def _check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path) -> int:
-    """The steps that are done; raises DbkitError if the saved state is of other settings, another model or other data."""
+    """The steps that are done. Raises DbkitError if the state is of other settings, another model or other data."""
     if saved is None:
         return 0
     then, now = saved.facts, identity
@@ -289,7 +289,8 @@ def _commit(
     for part, module in trained.items():
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise DbkitError(
-                f"the {part} has weights that are not numbers at step {step}; nothing was saved: lower learning_rate and "
+                f"the {part} has weights that are not numbers at step {step}; nothing was saved: lower "
+                "learning_rate and "
                 "train again, which continues from the last good state"
             )
     others = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from dbkit.errors import DbkitError
+from dbkit.files import size
 from dbkit.settings import Settings, field_type, is_path
 
 Config = TypeVar("Config", bound=Settings)
 
+_FOLDERS = ("photos", "settings", "models", "datasets", "class_images", "runs", "exports")
 _DRIVE = Path("/content/drive")
 
 
@@ -24,12 +28,13 @@ class Workspace:
     path: Path
 
     def __post_init__(self) -> None:
-        for folder in ("photos", "settings", "models", "datasets", "class_images", "runs", "exports"):
+        for folder in _FOLDERS:
             try:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise DbkitError(
-                    f"the workspace {self.path} cannot be made ({error.strerror}); set DBKIT_WORKSPACE to a folder you can write to"
+                    f"the workspace {self.path} cannot be made ({error.strerror}); set DBKIT_WORKSPACE to a "
+                    "folder you can write to"
                 ) from error
 
     def settings_file(self, name: str) -> Path:
@@ -53,7 +58,11 @@ class Workspace:
         return dataclasses.replace(config, **changes)
 
     def __str__(self) -> str:
-        return f"workspace: {self.path}"
+        lines = [f"workspace: {self.path} ({size(shutil.disk_usage(self.path).free)} free)"]
+        for folder in _FOLDERS:
+            inside = sorted(path.name for path in (self.path / folder).iterdir() if not path.name.startswith("."))
+            lines.append(f"  {folder}: {', '.join(inside) or 'empty'}")
+        return "\n".join(lines)
 
 
 def default_folder() -> Path:
@@ -79,3 +88,19 @@ def open_workspace(folder: str | Path | None = None) -> Workspace:
         if not (_DRIVE / "MyDrive").exists():
             raise DbkitError("Google Drive is not mounted; run the cell again and allow access")
     return Workspace(Path(folder).expanduser().absolute() if folder else default_folder())
+
+
+def describe_machine() -> str:
+    """What this machine has for training: Python, torch, GPU and its memory, in a line each."""
+    import torch
+
+    lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPU cores"]
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        lines.append(f"GPU: {torch.cuda.get_device_name()}, {size(free)} of {size(total)} free")
+    elif torch.backends.mps.is_available():
+        lines.append("GPU: Apple (mps)")
+    else:
+        hint = "; on Colab choose Runtime, Change runtime type, GPU" if on_colab() else ""
+        lines.append(f"GPU: none, so training is slow and a small model is suggested{hint}")
+    return "\n".join(lines)

@@ -1,53 +1,46 @@
 """Writes docs/settings.md from the settings classes: python docs/settings_page.py"""
 
 import dataclasses
-from dataclasses import MISSING
 from pathlib import Path
 from typing import Any
 
 from dbkit.config import COMMANDS
 from dbkit.settings import Settings, field_type, type_name
 
+_HEAD = """# Settings
+
+Made by `make docs` from `dbkit/config.py`. A setting has one name everywhere: as a flag (`--name`), in YAML, in the
+notebooks' forms and as a keyword argument.
+"""
+_BOUNDS = (("min", "from"), ("above", "above"), ("max", "to"))
+
 
 def settings_page() -> str:
-    """docs/settings.md: every setting of every command, from the classes."""
-    parts = [
-        "# Settings\n\nMade by `make docs` from `dbkit/config.py`. Every setting has the same name as a flag (`--name`), in YAML, in the\n"
-        "notebooks' forms and as a keyword argument.\n"
-    ]
+    """Every setting of every command as Markdown tables."""
+    parts = [_HEAD]
     for command, cls in COMMANDS.items():
-        parts.append(
-            f"\n## dbkit {command}\n\n{cls.__doc__}\n\n| setting | type | default | what it does |\n| :-- | :-- | :-- | :-- |\n"
-        )
-        parts += [_settings_row(cls, field) for field in dataclasses.fields(cls)]
+        parts.append(f"\n## dbkit {command}\n\n{cls.__doc__}\n\n")
+        parts.append("| setting | type | default | what it does |\n| :-- | :-- | :-- | :-- |\n")
+        parts += [_row(cls, field) for field in dataclasses.fields(cls)]
     return "".join(parts)
 
 
-def _settings_row(cls: type[Settings], field: dataclasses.Field) -> str:
-    default = (
-        "required"
-        if field.default is MISSING
-        else "empty"
-        if field.default in (None, "", ())
-        else f"`{_shown(field.default)}`"
-    )
-    waits = f" (not built yet: comes with a {field.metadata['waits']})" if "waits" in field.metadata else ""
-    bounds = ", ".join(
-        f"{word} {field.metadata[key]}"
-        for key, word in (("min", "from"), ("above", "above"), ("max", "to"))
-        if key in field.metadata
-    )
-    return f"| `{field.name}` | {type_name(field_type(cls, field.name))}{f', {bounds}' if bounds else ''} | {default} | {field.metadata['help']}{waits} |\n"
+def _row(cls: type[Settings], field: dataclasses.Field) -> str:
+    facts = field.metadata
+    kind = [type_name(field_type(cls, field.name))]
+    kind += [f"{word} {facts[key]:,}".replace(",", " ") for key, word in _BOUNDS if key in facts]
+    help = facts["help"] + (f" (not built yet: comes with a {facts['waits']})" if "waits" in facts else "")
+    return f"| `{field.name}` | {', '.join(kind)} | {_default(field.default)} | {help} |\n"
 
 
-def _shown(value: Any) -> str:
-    return (
-        " ".join(map(str, value))
-        if isinstance(value, tuple)
-        else str(value).lower()
-        if isinstance(value, bool)
-        else str(value)
-    )
+def _default(value: Any) -> str:
+    if value is dataclasses.MISSING:
+        return "required"
+    if value in (None, "", ()):
+        return "empty"
+    if isinstance(value, bool):
+        return "`on`" if value else "`off`"
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+# Everything that CI does can be typed here. Windows: use Git Bash or the commands in the README.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
+READY := $(VENV)/ready
+WORKSPACE_OF_TESTS := $(VENV)/workspace
+
+.PHONY: demo test lint unit notebooks docs wheel clean
+
+demo: $(READY)  ## the whole main job on a small model and sample pictures
+	$(BIN)/dbkit demo
+
+test: lint unit notebooks  ## everything CI runs
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+unit: $(READY)
+	$(BIN)/python -m pytest
+
+# Run by nbval in order, in a workspace seeded with settings that end soon, so that a person and CI take one path.
+notebooks: $(READY)
+	rm -rf $(WORKSPACE_OF_TESTS)
+	mkdir -p $(WORKSPACE_OF_TESTS)
+	cp -r tests/notebook_settings $(WORKSPACE_OF_TESTS)/settings
+	DBKIT_WORKSPACE=$(abspath $(WORKSPACE_OF_TESTS)) $(BIN)/python -m pytest -x --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout 300 notebooks
+
+docs: $(READY)  ## write docs/settings.md from the settings classes
+	$(BIN)/python docs/settings_page.py
+
+wheel: $(READY)  ## dist/dbkit-*.whl, to put in Drive for Colab
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $(READY)

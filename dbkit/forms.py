@@ -1,0 +1,136 @@
+"""Forms for the notebooks, made from the settings classes. The only module that imports ipywidgets.
+
+Only core widgets, in the interface that ipywidgets 7.7 (Colab) and 8 share. A form edits settings and keeps what was
+chosen in the workspace; cells run. No button starts work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
+
+import ipywidgets as widgets
+from traitlets import TraitError
+
+from dbkit.errors import DbkitError
+from dbkit.files import write_text
+from dbkit.settings import Settings, field_type, is_optional, is_several, read_yaml
+from dbkit.suggestions import suggest
+from dbkit.workspace import Workspace
+
+Config = TypeVar("Config", bound=Settings)
+
+
+def form(cls: type[Config], workspace: Workspace, name: str | None = None) -> Form[Config]:
+    """A form for one settings class. name is that of its file in settings/, for instance train or export."""
+    return Form(cls, workspace, name or cls.__name__.removesuffix("Config").lower())
+
+
+class Form(widgets.VBox, Generic[Config]):
+    """Show it as the last line of a cell, then pass read() to the function."""
+
+    def __init__(self, cls: type[Config], workspace: Workspace, name: str) -> None:
+        self._cls, self._workspace, self._file = cls, workspace, workspace.settings_file(name)
+        names = [field.name for field in dataclasses.fields(cls) if "waits" not in field.metadata]
+        self._chosen = {key: value for key, value in self._kept().items() if key in names}
+        suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
+        self._inputs: dict[str, widgets.Widget] = {}
+        rows: dict[bool, list[widgets.Widget]] = {False: [], True: []}
+        for field in dataclasses.fields(cls):
+            if field.name in names:
+                default = None if field.default is dataclasses.MISSING else field.default
+                value = self._chosen.get(field.name, suggested.get(field.name, default))
+                rows[bool(field.metadata.get("advanced"))].append(self._row(field, value))
+        self._message = widgets.HTML()
+        folded = widgets.VBox(rows[True], layout=widgets.Layout(display="none"))
+        more = widgets.Checkbox(value=False, description="more settings", indent=False)
+        more.observe(lambda change: setattr(folded.layout, "display", None if change["new"] else "none"), "value")
+        super().__init__([*rows[False], *([more, folded] if rows[True] else []), self._message])
+        self._check()
+
+    def read(self) -> Config:
+        """The settings as they stand, with relative paths taken from the workspace. Raises DbkitError."""
+        values = {name: self._value(name) for name in self._inputs}
+        # An emptied field means "none" where that is a value, and the default where it is not.
+        given = {n: v for n, v in values.items() if v is not None or is_optional(field_type(self._cls, n))}
+        config = self._cls.from_dict(given)
+        return self._workspace.anchor(config)
+
+    def set(self, **values: Any) -> None:
+        """Fill fields in from code, as typing would."""
+        for name, value in values.items():
+            if name not in self._inputs:
+                raise DbkitError(f"there is no field {name!r} in this form")
+            self._inputs[name].value = _shown(value, self._inputs[name])
+
+    def _kept(self) -> dict[str, Any]:
+        return read_yaml(self._file) if self._file.exists() else {}
+
+    def _row(self, field: dataclasses.Field, value: Any) -> widgets.Widget:
+        kind = field_type(self._cls, field.name)
+        if kind is bool:
+            box = widgets.Checkbox(indent=False)
+        elif get_origin(kind) is Literal:
+            box = widgets.Dropdown(options=get_args(kind))
+        elif is_several(kind):
+            box = widgets.Textarea(placeholder="one on each line", continuous_update=False)
+        else:
+            required = field.default is dataclasses.MISSING
+            box = widgets.Text(placeholder="required" if required else "empty", continuous_update=False)
+        box.layout = widgets.Layout(width="340px")
+        try:
+            box.value = _shown(self._relative(value), box)
+        except (TraitError, TypeError, ValueError) as error:
+            # A value that this widget cannot show (a choice that no longer exists) must not hide the form.
+            raise DbkitError(
+                f"{self._file} has {field.name}: {value!r}, which cannot be shown ({error}); mend it"
+            ) from error
+        box.observe(lambda change: self._changed(field.name), "value")
+        self._inputs[field.name] = box
+        name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(width="250px"))
+        note = widgets.HTML(html.escape(field.metadata["help"]), layout=widgets.Layout(flex="1 1 300px"))
+        return widgets.HBox([name, box, note])
+
+    def _relative(self, value: Any) -> Any:
+        """Paths in the workspace are shown, and kept, relative to it, since it lies elsewhere on another machine."""
+        inside = (
+            isinstance(value, (str, Path))
+            and Path(value).is_absolute()
+            and Path(value).is_relative_to(self._workspace.path)
+        )
+        return Path(value).relative_to(self._workspace.path).as_posix() if inside else value
+
+    def _changed(self, name: str) -> None:
+        import yaml
+
+        self._chosen[name] = self._value(name)
+        write_text(self._file, yaml.safe_dump(self._chosen, allow_unicode=True, sort_keys=False))
+        self._check()
+
+    def _value(self, name: str) -> Any:
+        box = self._inputs[name]
+        if isinstance(box, widgets.Textarea):
+            return [line.strip() for line in box.value.splitlines() if line.strip()]
+        return box.value if not isinstance(box, widgets.Text) else box.value.strip() or None
+
+    def _check(self) -> None:
+        try:
+            self.read()
+            self._message.value = ""
+        except DbkitError as error:
+            self._message.value = (
+                f"<span style='color:firebrick'>{html.escape(str(error)).replace(chr(10), '<br>')}</span>"
+            )
+
+
+def _shown(value: Any, box: widgets.Widget) -> Any:
+    """A value as its widget shows it: 2e-06 stays text that looks like a learning rate."""
+    if isinstance(box, widgets.Checkbox):
+        return bool(value)
+    if isinstance(box, widgets.Dropdown):
+        return value
+    if isinstance(box, widgets.Textarea):
+        return "\n".join(map(str, value or ())) if not isinstance(value, str) else value
+    return "" if value is None else str(value)
