@@ -61,7 +61,7 @@ def _for_prepare(workspace: Workspace) -> dict[str, Any]:
 def _for_train(workspace: Workspace) -> dict[str, Any]:
     base, resolution = _base_model(workspace)
     report = workspace.newest(f"datasets/*/{REPORT}")
-    dataset = report.parent if report else data_templates() / SAMPLE
+    dataset = report.parent if report else workspace.newest("photos/*/") or data_templates() / SAMPLE
     values: dict[str, Any] = {"pretrained_model_name_or_path": base, "resolution": resolution}
     values |= {"instance_data_dir": dataset, "output_dir": Path("runs") / dataset.name}
     if dataset.name == SAMPLE:

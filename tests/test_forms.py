@@ -1,0 +1,105 @@
+"""Forms without a browser: values are set as typing would, and read back from the form and from the workspace."""
+
+import dataclasses
+
+import ipywidgets
+import pytest
+import yaml
+
+from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig, open_workspace
+from dbkit.config import COMMANDS
+from dbkit.forms import form
+
+
+@pytest.fixture
+def workspace(model, photos):
+    """A workspace with one set of photographs, so that nothing has to be made for a form to open."""
+    opened = open_workspace()
+    (opened.path / "models" / "mine").symlink_to(model)
+    photos.rename(opened.path / "photos" / "things")
+    return opened
+
+
+def kept(workspace, name):
+    return yaml.safe_load(workspace.settings_file(name).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("cls", [cls for name, cls in COMMANDS.items() if name != "demo"])
+def test_every_built_setting_has_a_field_and_no_waiting_one_has(cls, workspace):
+    shown = set(form(cls, workspace)._inputs)
+    assert shown == {field.name for field in dataclasses.fields(cls) if "waits" not in field.metadata}
+
+
+def test_opening_a_form_writes_nothing(workspace):
+    form(PrepareConfig, workspace)
+    assert not workspace.settings_file("prepare").exists()
+
+
+def test_a_change_is_kept_and_refilled(workspace):
+    form(PrepareConfig, workspace).set(resolution=96, center_crop=False)
+    assert kept(workspace, "prepare") == {"resolution": "96", "center_crop": False}
+    again = form(PrepareConfig, workspace).read()
+    assert (again.resolution, again.center_crop) == (96, False)
+
+
+def test_a_learning_rate_looks_like_one(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(learning_rate=2e-6)
+    assert settings._inputs["learning_rate"].value == "2e-06"
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False)
+    assert settings.read().learning_rate == 2e-6
+
+
+def test_paths_in_the_workspace_are_shown_relative_and_read_absolute(workspace):
+    settings = form(PrepareConfig, workspace)
+    assert settings._inputs["source"].value == "photos/things"
+    assert settings.read().source == workspace.path / "photos" / "things"
+
+
+def test_a_mistake_is_shown_at_once_and_raised_on_read(workspace):
+    settings = form(PrepareConfig, workspace)
+    settings.set(resolution="wide")
+    assert "resolution is &#x27;wide&#x27;; write a whole number" in settings._message.value
+    with pytest.raises(DbkitError, match="resolution is 'wide'; write a whole number"):
+        settings.read()
+    settings.set(resolution="64")
+    assert settings._message.value == ""
+
+
+def test_an_emptied_field_is_none_where_that_is_a_value_and_else_the_default(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(save_model_every_n_steps="", num_train_epochs="", use_txt_as_label=True, instance_prompt="")
+    read = settings.read()
+    assert read.save_model_every_n_steps is None
+    assert read.num_train_epochs == 100
+
+
+def test_several_prompts_are_lines(workspace):
+    settings = form(PreviewConfig, workspace)
+    settings.set(prompt=["a thing", "two things"], guidance_scale=["3", "7.5"])
+    assert settings.read().prompt == ("a thing", "two things")
+    assert settings.read().guidance_scale == (3.0, 7.5)
+
+
+def test_advanced_settings_are_folded_away_until_asked_for(workspace):
+    settings = form(ConvertConfig, workspace)
+    more, folded = settings.children[-3:-1]
+    assert isinstance(more, ipywidgets.Checkbox) and folded.layout.display == "none"
+    more.value = True
+    assert folded.layout.display is None
+
+
+def test_a_field_that_is_not_there_is_named(workspace):
+    with pytest.raises(DbkitError, match="there is no field 'colour' in this form"):
+        form(PrepareConfig, workspace).set(colour="red")
+
+
+def test_a_kept_choice_that_no_longer_exists_is_named(workspace):
+    workspace.settings_file("train").write_text("lr_scheduler: cosine_with_hard_restarts\n", encoding="utf-8")
+    with pytest.raises(DbkitError, match="lr_scheduler: 'cosine_with_hard_restarts', which cannot be shown"):
+        form(TrainConfig, workspace)
+
+
+def test_kept_names_that_are_no_settings_do_not_hide_the_form(workspace):
+    workspace.settings_file("prepare").write_text("gone: 1\nresolution: 64\n", encoding="utf-8")
+    assert form(PrepareConfig, workspace).read().resolution == 64

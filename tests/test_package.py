@@ -1,0 +1,50 @@
+"""What installing dbkit brings: lower bounds only, and the sample pictures."""
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import dbkit
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, ROOT]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(folder.glob("dbkit-*.whl"))
+
+
+def test_the_wheel_carries_the_sample_pictures_and_every_module(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in [*(ROOT / "dbkit").glob("*.py")]:
+        assert f"dbkit/{path.name}" in names
+    for path in (ROOT / "data_templates").rglob("*.*"):
+        assert f"dbkit/data_templates/{path.relative_to(ROOT / 'data_templates').as_posix()}" in names
+
+
+def test_requirements_are_lower_bounds_so_that_nothing_installed_is_replaced(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("METADATA"))
+        requirements = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
+    assert len(requirements) > 5
+    assert all(re.fullmatch(r"[\w.-]+>=[\d.]+( ?; extra == .*)?", requirement) for requirement in requirements)
+    assert not any("xformers" in requirement for requirement in requirements)
+
+
+def test_one_version_everywhere():
+    assert metadata.version("dbkit") == dbkit.__version__
+    for name in ("setup.py", "README.md", "CHANGELOG.md"):
+        assert dbkit.__version__ in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_notice_and_the_licence_are_there():
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    assert "data_templates" in (ROOT / "NOTICE").read_text(encoding="utf-8")
