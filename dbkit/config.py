@@ -82,7 +82,9 @@ class TrainConfig(Settings):
         None, "prompt of the class images, without the identifier: photo of a dog", fixed=True
     )
     class_data_dir: Path | None = setting(
-        None, "folder of the class images; empty: class_images/KEY in the workspace; missing ones are generated"
+        None,
+        "folder of the class images; empty: class_images/KEY in the workspace; missing ones are generated",
+        advanced=True,
     )
     num_class_images: int = setting(100, "how many class images there should be; missing ones are generated", min=1)
     prior_loss_weight: float = setting(
@@ -91,11 +93,14 @@ class TrainConfig(Settings):
         min=0,
         max=100,
         fixed=True,
+        advanced=True,
     )
     use_txt_as_label: bool = setting(
         False, "each image's prompt is the .txt file of its name (dog.txt or dog.png.txt)", fixed=True
     )
-    use_filename_as_label: bool = setting(False, "each image's prompt is its file name without the suffix", fixed=True)
+    use_filename_as_label: bool = setting(
+        False, "each image's prompt is its file name without the suffix", fixed=True, advanced=True
+    )
     resolution: int = setting(
         512,
         "side of the training images, in pixels; images of another size are cropped and resized",
@@ -107,6 +112,7 @@ class TrainConfig(Settings):
         True,
         "crop around the centre; the usual default, off, cuts heads; off: a random place for each image, fixed by the seed",
         fixed=True,
+        advanced=True,
     )
     train_text_encoder: bool = setting(
         False, "also train the text encoder: better likeness, more memory, easier to overdo", fixed=True
@@ -115,6 +121,7 @@ class TrainConfig(Settings):
         100,
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
         min=1,
+        advanced=True,
     )
     max_train_steps: int | None = setting(
         None,
@@ -129,14 +136,15 @@ class TrainConfig(Settings):
         fixed=True,
     )
     gradient_accumulation_steps: int = setting(
-        1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True
+        1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True, advanced=True
     )
     learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1)
-    lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps")
+    lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps", advanced=True)
     lr_warmup_steps: int = setting(
         0,
         "steps in which the learning rate rises from 0; the usual 500 would be most of an 800-step run; `constant` has none",
         min=0,
+        advanced=True,
     )
     scale_lr: bool = setting(
         False, "multiply the learning rate by train_batch_size and gradient_accumulation_steps", advanced=True
@@ -147,6 +155,7 @@ class TrainConfig(Settings):
         min=0,
         max=2**63 - 1,
         fixed=True,
+        advanced=True,
     )
     mixed_precision: PRECISIONS = setting(
         "auto",
@@ -162,7 +171,9 @@ class TrainConfig(Settings):
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", min=0, max=0.9999, advanced=True, fixed=True)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", min=0, max=0.999999, advanced=True, fixed=True)
     adam_weight_decay: float = setting(0.01, "AdamW's weight decay", min=0, max=1, advanced=True, fixed=True)
-    adam_epsilon: float = setting(1e-8, "AdamW's epsilon", above=0, max=1, advanced=True, fixed=True)
+    adam_epsilon: float = setting(
+        1e-8, "AdamW's epsilon, which keeps a division finite", above=0, max=1, advanced=True, fixed=True
+    )
     max_grad_norm: float = setting(
         1.0, "gradients are scaled down to this global norm", above=0, advanced=True, fixed=True
     )
@@ -172,7 +183,7 @@ class TrainConfig(Settings):
         min=1,
     )
     checkpoints_total_limit: int = setting(
-        3, "how many checkpoints of usable weights are kept; the oldest go first", min=1
+        3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
     )
     save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True
@@ -181,16 +192,17 @@ class TrainConfig(Settings):
     auto_test_model: bool = setting(True, "make preview pictures before step 1 and after each checkpoint")
     test_prompt: str | None = setting(None, "prompt of the previews; empty: the instance prompt, or the first caption")
     test_prompts_file: Path | None = setting(
-        None, "text file with one preview prompt on each line; wins over test_prompt"
+        None, "text file with one preview prompt on each line; wins over test_prompt", advanced=True
     )
-    test_negative_prompt: str = setting("", "what the previews should not show")
+    test_negative_prompt: str = setting("", "what the previews should not show", advanced=True)
     test_seed: int = setting(
         42,
         "seed of the first preview picture of each prompt; previews never touch the training's random numbers",
         min=0,
         max=2**63 - 1,
+        advanced=True,
     )
-    test_num_per_prompt: int = setting(1, "preview pictures for each prompt", min=1, max=64)
+    test_num_per_prompt: int = setting(1, "preview pictures for each prompt", min=1, max=64, advanced=True)
     sample_batch_size: int = setting(4, "class images and previews generated at once", min=1, max=256, advanced=True)
     log_interval: int = setting(
         10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
@@ -214,8 +226,12 @@ class TrainConfig(Settings):
         mistakes = [*waiting(self), *self._label_mistakes(), *self._prior_mistakes()]
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
-        if self.output_dir and self.output_dir in (self.instance_data_dir, self.class_data_dir):
-            mistakes.append(f"output_dir {self.output_dir} is a folder of images; choose another one")
+        model = Path(self.pretrained_model_name_or_path)
+        used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
+        used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
+        for name, folder in used.items():
+            if self.output_dir and folder and folder.resolve().is_relative_to(self.output_dir.resolve()):
+                mistakes.append(f"output_dir {self.output_dir} holds {name} {folder}; choose another output_dir")
         return mistakes
 
     def _label_mistakes(self) -> list[str]:
@@ -237,6 +253,8 @@ class TrainConfig(Settings):
             ]
         if not self.class_prompt:
             return ["with_prior_preservation needs class_prompt, for instance: photo of a dog"]
+        if self.class_data_dir and self.class_data_dir.resolve() == self.instance_data_dir.resolve():
+            return ["class_data_dir and instance_data_dir are the same folder; choose another class_data_dir"]
         if self.class_prompt == self.instance_prompt:
             return [
                 "class_prompt and instance_prompt are the same; put an identifier, a rare word, in instance_prompt only"
@@ -251,7 +269,9 @@ class PreviewConfig(Settings):
     model: Path = setting(
         ..., "a diffusers folder: a run's model/, one of its checkpoints/, or a base model", positional=True
     )
-    prompt: tuple[str, ...] = setting((), "prompts, one for each row of the grid")
+    prompt: tuple[str, ...] = setting(
+        (), "prompts, one for each row of the grid; on the command line give the flag once for each"
+    )
     prompts_file: Path | None = setting(None, "text file with one prompt on each line, added to prompt")
     output: Path = setting(Path("preview.png"), "the grid; single pictures go in a folder of the same name beside it")
     negative_prompt: str = setting("", "what the pictures should not show")
@@ -259,7 +279,7 @@ class PreviewConfig(Settings):
     num_per_prompt: int = setting(4, "columns: pictures for each prompt, with seeds counting up", min=1, max=64)
     guidance_scale: tuple[float, ...] = setting(
         (7.5,),
-        "classifier-free guidance; several values make the columns, with one seed, which shows overfitting",
+        "classifier-free guidance; several values, as in 3,7.5,12, make the columns, with one seed, which shows overfitting",
         min=1,
         max=50,
     )
@@ -286,7 +306,10 @@ class ConvertConfig(Settings):
 
     source: Path = setting(..., "a .safetensors or .ckpt file, or a diffusers folder", positional=True)
     destination: Path = setting(..., "the folder to make, or the .safetensors or .ckpt file", positional=True)
-    half: bool = setting(False, "store the weights in fp16: half the size, the same pictures")
+    half: bool = setting(
+        False,
+        "store the weights in fp16: half the size, the same pictures; the models that train saves are fp16 already",
+    )
     overwrite: bool = setting(False, "replace the destination if it exists")
     tokenizer_name: str | None = setting(
         None,

@@ -1,24 +1,29 @@
-"""prepare_dataset() and what training reads: checked images, each with its prompt."""
+"""prepare_dataset(): whatever photographs people have become training-ready images and a report."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import html
+import itertools
 import json
+import lzma
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dbkit import draws
 from dbkit.captions import caption_file, read_caption
-from dbkit.config import PrepareConfig, TrainConfig
+from dbkit.config import PrepareConfig
 from dbkit.errors import DbkitError
 from dbkit.files import full_disk_is_a_sentence, safe_name, sha256, whole_file, write_text
-from dbkit.images import SUFFIXES, is_hidden, list_images, read_image, square
+from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, crop_place, is_hidden, read_image, square
 from dbkit.settings import configured_by
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 REPORT = "report.json"
 # Photographs are at most a few MB each; a zip that unpacks to more than this is not a photo collection.
@@ -37,6 +42,8 @@ class Kept:
     enlarged: bool
     caption: str | None
     sha256: str
+    # The caption as it came; where the one beside the image differs, someone edited it.
+    caption_before: str | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class DatasetReport:
     @property
     def captions(self) -> int:
         """How many images have a caption."""
-        return sum(image.caption is not None for image in self.kept)
+        return sum(bool(image.caption) for image in self.kept)
 
     def __str__(self) -> str:
         lines = [f"{len(self.kept)} images, {self.captions} captions, {len(self.refused)} refused: {self.folder}"]
@@ -98,30 +105,68 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
     with _unpacked(config.source) as source:
         _check_folders(source, config.destination)
         found = _find_images(source)
+        refused = {name: UNREAD.format(name) for name in _other_images(source)}
         if not found:
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise DbkitError(f"there are no images in {config.source}; put 5 to 20 photographs there ({kinds})")
-        kept, refused = [], {}
+            hint = "; ".join(refused.values()) or f"put 5 to 20 photographs there ({', '.join(sorted(SUFFIXES))})"
+            raise DbkitError(f"there are no images in {config.source}; {hint}")
+        kept: list[Kept] = []
         config.destination.mkdir(parents=True, exist_ok=True)
-        names = _stable_names(source, found)
+        earlier, planned = _earlier(config.destination)
+        names = _stable_names(source, found, config.destination, planned)
+        came = {image.file: image.caption_before for image in earlier}
         for path in found:
-            relative = path.relative_to(source).as_posix()
+            relative, target = path.relative_to(source).as_posix(), config.destination / names[path]
             try:
-                kept.append(_prepare_one(path, relative, config.destination / names[path], config))
+                image, new = _usable(path), read_caption(path) or config.default_caption
+                edited = caption_file(target) is not None and read_caption(target) != came.get(target.name)
             except DbkitError as error:
                 refused[relative] = str(error)
+                continue
+            if not kept:
+                # From the first image on the folder and its names are known to be dbkit's own, also after a kill.
+                planned |= {path.relative_to(source).as_posix(): name for path, name in names.items()}
+                _write_report(DatasetReport(config.destination, earlier, {}), config.resolution, planned)
+            kept.append(_prepare_one(image, new, edited, relative, target, config))
     if not kept:
         raise DbkitError(
             f"none of the {len(refused)} images in {config.source} is usable: {'; '.join(refused.values())}"
         )
-    _remove_stale(config.destination, kept)
+    _remove_stale(config.destination, earlier, kept)
     report = DatasetReport(config.destination, kept, refused)
-    facts = {"resolution": config.resolution, "images": [asdict(image) for image in kept], "refused": refused}
-    write_text(config.destination / REPORT, json.dumps(facts, indent=1, ensure_ascii=False))
+    _write_report(report, config.resolution)
     return report
 
 
+def _write_report(report: DatasetReport, resolution: int, planned: dict[str, str] | None = None) -> None:
+    facts = {"resolution": resolution, "images": [asdict(image) for image in report.kept], "refused": report.refused}
+    facts |= {"planned": planned} if planned else {}
+    write_text(report.folder / REPORT, json.dumps(facts, indent=1, ensure_ascii=False))
+
+
+def _earlier(destination: Path) -> tuple[list[Kept], dict[str, str]]:
+    """What the last run made here, by its report, and the names that photographs have been given."""
+    path = destination / REPORT
+    if not path.exists():
+        return [], {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        # Names of pictures only, so that no report can point outside its folder.
+        images = [replace(image, file=_picture(image.file)) for image in (Kept(**image) for image in facts["images"])]
+        planned = {str(source): _picture(name) for source, name in facts.get("planned", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DbkitError(f"{path} is damaged or not made by dbkit; choose a new folder as destination") from error
+    return images, {image.source: image.file for image in images} | planned
+
+
+def _picture(name: str) -> str:
+    if Path(name).suffix != ".png":
+        raise ValueError(name)
+    return Path(name).name
+
+
 def _check_folders(source: Path, destination: Path) -> None:
+    if source.is_file() and source.suffix.lower() in SUFFIXES:
+        raise DbkitError(f"{source} is one picture; give the folder that it is in")
     if not source.is_dir():
         raise DbkitError(f"there is no folder or .zip {source}; check the path")
     inside, outside = destination.resolve(), source.resolve()
@@ -129,12 +174,11 @@ def _check_folders(source: Path, destination: Path) -> None:
         raise DbkitError(f"{destination} and {source} lie in one another; choose a destination elsewhere")
     if destination.exists() and not destination.is_dir():
         raise DbkitError(f"{destination} is a file; choose a folder as destination")
-    if destination.is_dir() and not (destination / REPORT).exists() and any(destination.iterdir()):
-        strangers = [path for path in destination.iterdir() if path.suffix not in (".png", ".partial", ".txt")]
+    if destination.is_dir() and not (destination / REPORT).exists():
+        names = sorted(path.name for path in destination.iterdir())
+        strangers = [name for name in names if not is_hidden(Path(name)) and not name.endswith(".partial")]
         if strangers:
-            raise DbkitError(
-                f"{destination} holds files that dbkit did not make ({strangers[0].name}); choose a new folder"
-            )
+            raise DbkitError(f"{destination} holds files that dbkit did not make ({strangers[0]}); choose a new folder")
 
 
 @contextlib.contextmanager
@@ -152,7 +196,15 @@ def _unpacked(source: Path) -> Iterator[Path]:
                 for member in members:
                     # ZipFile.extract drops drive letters, leading slashes and "..", so nothing lands outside.
                     archive.extract(member, folder)
-        except (zipfile.BadZipFile, EOFError, RuntimeError, NotImplementedError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:
             raise DbkitError(
                 f"{source} cannot be unpacked ({error}); make the zip again, without a password"
             ) from error
@@ -160,7 +212,7 @@ def _unpacked(source: Path) -> Iterator[Path]:
 
 
 def _is_data(name: Path) -> bool:
-    return name.suffix.lower() in {*SUFFIXES, ".txt"} and not is_hidden(name)
+    return name.suffix.lower() in {*SUFFIXES, *OTHER_SUFFIXES, ".txt"} and not is_hidden(name)
 
 
 def _find_images(source: Path) -> list[Path]:
@@ -172,30 +224,49 @@ def _find_images(source: Path) -> list[Path]:
     )
 
 
-def _stable_names(source: Path, found: list[Path]) -> dict[Path, str]:
+def _other_images(source: Path) -> list[str]:
+    """Photographs in formats that are not read yet: named in the report, so that none is missed silently."""
+    found = (path.relative_to(source) for path in source.rglob("*") if path.suffix.lower() in OTHER_SUFFIXES)
+    return sorted(path.as_posix() for path in found if not is_hidden(path))
+
+
+def _stable_names(source: Path, found: list[Path], destination: Path, named: dict[str, str]) -> dict[Path, str]:
     """A PNG name for each image that depends on its own relative name, so that adding a photograph renames no other.
 
-    Only where two images would get one name (a.jpg and a.png) do the later ones carry their suffix too.
+    Only where two images would get one name (a.jpg and a.png) do the later ones carry their suffix too; names of an
+    earlier run stay.
     """
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in found:
-        stem = safe_name("-".join(path.relative_to(source).with_suffix("").parts))
-        candidates = [stem, f"{stem}-{path.suffix[1:].lower()}", *(f"{stem}-{number}" for number in range(2, 1000))]
-        name = next(name for name in candidates if name.casefold() not in taken)
+    names = {path: named[name] for path in found if (name := path.relative_to(source).as_posix()) in named}
+    # Pictures that someone else put into the destination keep theirs.
+    taken = {
+        Path(name).stem.casefold() for name in [*named.values(), *(path.name for path in destination.glob("*.png"))]
+    }
+    for path in (path for path in found if path not in names):
+        # 56 characters of four bytes each, a suffix and ".png.partial" fit into the 255 bytes that a name may have.
+        stem = safe_name("-".join(path.relative_to(source).with_suffix("").parts), 56)
+        candidates = [stem, f"{stem}-{path.suffix[1:].lower()}"]
+        more = (f"{stem}-{number}" for number in itertools.count(2))
+        name = next(name for name in itertools.chain(candidates, more) if name.casefold() not in taken)
         taken.add(name.casefold())
         names[path] = f"{name}.png"
     return names
 
 
-def _prepare_one(path: Path, relative: str, target: Path, config: PrepareConfig) -> Kept:
+def _usable(path: Path) -> Image.Image:
     image = read_image(path)
     if min(image.size) < 8:
         raise DbkitError(f"{path.name} has {image.width} x {image.height} pixels; too small to learn from")
+    return image
+
+
+def _prepare_one(
+    image: Image.Image, caption: str | None, edited: bool, relative: str, target: Path, config: PrepareConfig
+) -> Kept:
     place = crop_place(config.center_crop, config.seed, relative)
     with whole_file(target) as partial:
         square(image, config.resolution, place).save(partial, "PNG")
-    caption = _carry_caption(path, target, config.default_caption)
+    if caption and not edited:
+        write_text(caption_file(target) or target.with_suffix(".txt"), caption + "\n")
     return Kept(
         file=target.name,
         source=relative,
@@ -203,110 +274,19 @@ def _prepare_one(path: Path, relative: str, target: Path, config: PrepareConfig)
         height=image.height,
         kept=min(image.size) / max(image.size),
         enlarged=min(image.size) < config.resolution,
-        caption=caption,
+        caption=read_caption(target),
         sha256=sha256(target),
+        caption_before=caption,
     )
 
 
-def crop_place(center_crop: bool, seed: int, name: str) -> tuple[float, float]:
-    """Where the square lies in an image: the centre, or a place that depends on the seed and the image's name alone."""
-    if center_crop:
-        return 0.5, 0.5
-    number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
-    x, y = draws.generator(seed, "crop", sample=number).random(2)
-    return float(x), float(y)
-
-
-def _carry_caption(path: Path, target: Path, default: str | None) -> str | None:
-    """Write the caption beside the prepared image, unless one is there already: it may have been edited."""
-    if caption_file(target) is None and (caption := read_caption(path) or default):
-        write_text(target.with_suffix(".txt"), caption + "\n")
-    return read_caption(target)
-
-
-def _remove_stale(destination: Path, kept: list[Kept]) -> None:
+def _remove_stale(destination: Path, earlier: list[Kept], kept: list[Kept]) -> None:
     """Remove images that an earlier run wrote here and whose photographs are gone; changed files are left alone."""
-    report = destination / REPORT
-    if not report.exists():
-        return
     current = {image.file for image in kept}
-    for image in json.loads(report.read_text(encoding="utf-8"))["images"]:
-        path = destination / Path(image["file"]).name
-        if path.name not in current and path.is_file() and sha256(path) == image["sha256"]:
+    for image in earlier:
+        path = destination / image.file
+        if path.name not in current and path.is_file() and sha256(path) == image.sha256:
             path.unlink()
             caption = caption_file(path)
-            if caption is not None and read_caption(path) == image["caption"]:
+            if caption is not None and read_caption(path) == image.caption_before:
                 caption.unlink()
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training image: checked, not held in memory. sha256 is that of the file."""
-
-    path: Path
-    prompt: str
-    place: tuple[float, float]
-    sha256: str
-
-
-def instance_examples(config: TrainConfig) -> list[Example]:
-    """The instance images with their resolved prompts. Every image is decoded once here, before any model is loaded.
-
-    Raises DbkitError naming all unreadable images, or all images without a caption, at once.
-    """
-    paths = _training_images(config.instance_data_dir, "instance_data_dir")
-    if config.use_txt_as_label:
-        prompts = {path: read_caption(path) for path in paths}
-        if missing := [path.name for path, prompt in prompts.items() if not prompt]:
-            raise DbkitError(
-                f"{len(missing)} of {len(paths)} images in {config.instance_data_dir} have no caption "
-                f"({_some(missing)}); "
-                "write a .txt file of the same name beside each (notebook 3 helps)"
-            )
-    elif config.use_filename_as_label:
-        prompts = {path: path.stem for path in paths}
-    else:
-        prompts = dict.fromkeys(paths, config.instance_prompt)
-    return _checked_examples(paths, prompts, config)
-
-
-def class_examples(config: TrainConfig, folder: Path) -> list[Example]:
-    """The class images, each with the class prompt, checked like the instance images."""
-    paths = _training_images(folder, "class_data_dir")
-    return _checked_examples(paths, dict.fromkeys(paths, config.class_prompt), config)
-
-
-def _training_images(folder: Path, name: str) -> list[Path]:
-    if not folder.is_dir():
-        raise DbkitError(f"{name} {folder} is not a folder; check the path, or make it with dbkit prepare")
-    paths = list_images(folder)
-    if not paths:
-        below = sorted({path.parent for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES})
-        hint = f"there are some in {below[0]}: name that folder" if below else "put 5 to 20 photographs there"
-        raise DbkitError(f"there are no images in {name} {folder}; {hint}")
-    return paths
-
-
-def _checked_examples(paths: list[Path], prompts: dict[Path, str], config: TrainConfig) -> list[Example]:
-    examples, unreadable = [], []
-    for path in paths:
-        try:
-            read_image(path)
-        except DbkitError as error:
-            unreadable.append(str(error))
-        else:
-            place = crop_place(config.center_crop, config.seed, path.name)
-            examples.append(Example(path, prompts[path], place, sha256(path)))
-    if unreadable:
-        raise DbkitError(f"{len(unreadable)} of {len(paths)} images are not usable: {_some(unreadable)}")
-    return examples
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
-def fingerprint(examples: list[Example]) -> str:
-    """A hash of what training sees of the data: image bytes, prompts, crops and their order, but not where they lie."""
-    facts = [(example.sha256, example.prompt, example.place) for example in examples]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

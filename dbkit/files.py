@@ -11,13 +11,14 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from dbkit.errors import DbkitError
 
 # Characters that Windows refuses in names. Everything else, in any script, stays.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -32,6 +33,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         with full_disk_is_a_sentence(path.parent):
             yield partial
+            share(partial)
             sync(partial)
             partial.replace(path)
     except BaseException:
@@ -84,6 +86,14 @@ def size(count: int) -> str:
     return f"{count} bytes"
 
 
+def share(path: Path) -> None:
+    """Give a file the permissions that new files get here; safetensors writes files that only their owner can read."""
+    if os.name != "nt":
+        mask = os.umask(0)
+        os.umask(mask)
+        path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path) -> None:
     """Ask the system to put a file's bytes on the disk."""
     # Windows only flushes handles opened for writing.
@@ -125,25 +135,59 @@ def move_aside(path: Path) -> Path:
 def safe_name(text: str, limit: int = 80) -> str:
     """text as a file name that every system takes; letters of any script stay."""
     name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit].strip(" .-") or "unnamed"
-    return f"{name}-" if _RESERVED.fullmatch(name) else name
+    # Windows reserves these names with any suffix, so the mark goes before the first dot.
+    return _RESERVED.sub(r"\1-\2", name) if _RESERVED.match(name) else name
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
+def one_process(folder: Path) -> Iterator[None]:
+    """Keep a second process out of a folder for the time of the block, by a lock that ends with its process.
+
+    File systems that know no locks, as Google Drive's may, are used without one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise DbkitError(
+                f"another process is at work in {folder}; wait for it, or choose another folder"
+            ) from error
+        except OSError:
+            pass
+        yield
+
+
+@dataclass
+class StopRequest:
+    """Whether someone asked to stop. A plain flag, since a signal may come at any moment."""
+
+    made: bool = False
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[StopRequest]:
     """Turn Ctrl-C, the notebook's stop button and SIGTERM into a flag for the time of the block.
 
     The work inside looks at the flag where stopping is safe. A second Ctrl-C interrupts at once. Outside the main
     thread signals cannot be caught, and the flag stays down.
     """
-    stop = threading.Event()
+    stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
 
     def request(number: int, frame: object) -> None:
-        if stop.is_set():
+        if stop.made:
             raise KeyboardInterrupt
-        stop.set()
+        stop.made = True
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -100,7 +100,10 @@ def configured_by(cls: type[Config]):
                 raise TypeError(
                     f"{function.__name__}() takes {cls.__name__} or settings by name, not {values[len(names)]!r}"
                 )
-            return function(cls.from_dict({**dict(zip(names, values)), **changes}))
+            given = dict(zip(names, values))
+            if twice := given.keys() & changes.keys():
+                raise TypeError(f"{function.__name__}() got {', '.join(sorted(twice))} twice")
+            return function(cls.from_dict({**given, **changes}))
 
         called.__signature__ = inspect.signature(cls)
         return called
@@ -130,7 +133,13 @@ def coerce(value: Any, kind: Any) -> Any:
         return None if value is None or value == "" else coerce(value, inner)
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return tuple(coerce(item, typing.get_args(kind)[0]) for item in items)
+        inner = typing.get_args(kind)[0]
+        if inner is float:
+            # Numbers may also stand in one text, as in 3, 7.5; prompts may not, since they have commas of their own.
+            items = [
+                part for item in items for part in (item.replace(",", " ").split() if isinstance(item, str) else [item])
+            ]
+        return tuple(coerce(item, inner) for item in items)
     if typing.get_origin(kind) is Literal:
         return _coerce_choice(value, typing.get_args(kind))
     if kind is bool:
@@ -142,12 +151,17 @@ def coerce(value: Any, kind: Any) -> Any:
     if kind is Path:
         if not str(value).strip():
             raise ValueError("is empty; write a path")
-        return Path(value).expanduser()
+        try:
+            return Path(str(value)).expanduser()
+        except RuntimeError as error:
+            raise ValueError(f"is {value!r}, and {str(error).lower()}") from None
     return str(value)
 
 
 def _coerce_choice(value: Any, choices: tuple[str, ...]) -> str:
-    value = {False: "no", True: "yes", None: "none"}.get(value, value) if not isinstance(value, str) else value
+    # YAML reads no, yes and an empty value as these.
+    if value is None or isinstance(value, bool):
+        value = {False: "no", True: "yes", None: "none"}[value]
     if value not in choices:
         raise ValueError(f"is {value!r}; choose one of {', '.join(choices)}{closest(str(value), choices)}")
     return value
@@ -198,7 +212,7 @@ def waiting(config: Settings) -> list[str]:
 
 def closest(name: str, names: typing.Iterable[str]) -> str:
     """Half a sentence with the nearest name, or nothing if none is near."""
-    found = difflib.get_close_matches(name.replace("-", "_"), list(names), n=1)
+    found = difflib.get_close_matches(str(name).replace("-", "_"), list(names), n=1)
     return f"; did you mean {found[0]!r}?" if found else ""
 
 
@@ -229,7 +243,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise DbkitError(f"there is no settings file {path}; check the path")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DbkitError(f"{path} is not readable as YAML ({' '.join(str(error).split())}); mend that line") from error
     if values is not None and not isinstance(values, dict):
         raise DbkitError(f"{path} holds no settings; write lines of the form name: value")

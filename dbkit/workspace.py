@@ -42,8 +42,11 @@ class Workspace:
         return self.path / "settings" / f"{name}.yaml"
 
     def newest(self, pattern: str) -> Path | None:
-        """The path matching the pattern below the workspace that changed last; folders count by what is in them."""
-        return max(self.path.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+        """The path matching the pattern that changed last, clutter left out; a folder changes when it gets a file."""
+        found = (
+            path for path in self.path.glob(pattern) if not any(map(_is_leftover, path.relative_to(self.path).parts))
+        )
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def anchor(self, config: Config) -> Config:
         """The same settings with relative paths taken from the workspace instead of the current folder."""
@@ -52,9 +55,10 @@ class Workspace:
             value = getattr(config, field.name)
             if is_path(field_type(type(config), field.name)) and value is not None:
                 changes[field.name] = self.path / value
-        model = getattr(config, "pretrained_model_name_or_path", None)
-        if model and (self.path / model).exists():
-            changes["pretrained_model_name_or_path"] = str(self.path / model)
+        for name in ("pretrained_model_name_or_path", "tokenizer_name"):
+            value = getattr(config, name, None)
+            if value and (self.path / value).exists():
+                changes[name] = str(self.path / value)
         return dataclasses.replace(config, **changes)
 
     def __str__(self) -> str:
@@ -63,6 +67,11 @@ class Workspace:
             inside = sorted(path.name for path in (self.path / folder).iterdir() if not path.name.startswith("."))
             lines.append(f"  {folder}: {', '.join(inside) or 'empty'}")
         return "\n".join(lines)
+
+
+def _is_leftover(name: str) -> bool:
+    """Whether a name is clutter, or what a killed command left half written."""
+    return name.startswith(".") or name.endswith((".partial", ".old"))
 
 
 def default_folder() -> Path:

@@ -1,0 +1,243 @@
+"""The settings themselves: types, helps, the field's vocabulary, contradictions, sample files and the page of docs."""
+
+import dataclasses
+import importlib.util
+import typing
+from pathlib import Path
+
+import pytest
+
+from dbkit import DbkitError, PreviewConfig, TrainConfig
+from dbkit.cli import main
+from dbkit.config import COMMANDS
+from dbkit.settings import coerce, field_type, plain, to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+# The parameters that people who come from the older scripts know.
+TABLE = """
+    pretrained_model_name_or_path revision tokenizer_name instance_data_dir class_data_dir instance_prompt class_prompt
+    with_prior_preservation prior_loss_weight num_class_images output_dir seed resolution center_crop
+    use_filename_as_label use_txt_as_label train_text_encoder train_batch_size sample_batch_size num_train_epochs
+    max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler
+    lr_warmup_steps use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm push_to_hub
+    hub_token hub_model_id logging_dir log_with mixed_precision local_rank save_model_every_n_steps auto_test_model
+    test_prompt test_prompts_file test_negative_prompt test_seed test_num_per_prompt
+"""
+
+WAITING = {
+    "push_to_hub": True,
+    "hub_token": "hf_hush",
+    "hub_model_id": "owner/name",
+    "logging_dir": "logs",
+    "log_with": "wandb",
+    "local_rank": 0,
+}
+
+# What a flag's value is where 1 would not do, and what it needs beside it.
+FLAG_VALUES = {
+    "pretrained_model_name_or_path": ["nowhere"],
+    "class_data_dir": ["c", "--with_prior_preservation", "--class_prompt=dog"],
+    "class_prompt": ["dog", "--with_prior_preservation"],
+    "with_prior_preservation": ["--class_prompt=dog"],
+    "use_filename_as_label": ["--instance_prompt="],
+    "use_txt_as_label": ["--instance_prompt="],
+    "resolution": ["512"],
+    "lr_scheduler": ["cosine"],
+    "lr_warmup_steps": ["1", "--lr_scheduler=linear"],
+    "adam_beta1": ["0.5"],
+    "adam_beta2": ["0.5"],
+    "log_with": ["wandb"],
+    "mixed_precision": ["bf16"],
+}
+
+
+def made(**changes):
+    values = {"pretrained_model_name_or_path": "owner/name", "instance_data_dir": "photos", "instance_prompt": "zwx"}
+    return TrainConfig(**{**values, **changes})
+
+
+def fields_where(holds):
+    """The settings of every command for which holds(field, type) is true."""
+    return [
+        pytest.param(cls, field, id=f"{cls.__name__}.{field.name}")
+        for cls in COMMANDS.values()
+        for field in dataclasses.fields(cls)
+        if holds(field, field_type(cls, field.name))
+    ]
+
+
+def is_number(field, kind):
+    return {int, float} & {kind, *typing.get_args(kind)} and "waits" not in field.metadata
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_where(lambda field, _: field.default is not dataclasses.MISSING))
+def test_each_default_has_its_declared_type(cls, field):
+    value = coerce(field.default, field_type(cls, field.name))
+    assert value == field.default
+    assert type(value) is type(field.default)
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_where(lambda *_: True))
+def test_each_setting_has_a_help_on_one_line(cls, field):
+    assert len(field.metadata["help"].split()) >= 3
+    assert "\n" not in field.metadata["help"]
+
+
+@pytest.mark.parametrize(("cls", "field"), fields_where(is_number))
+def test_each_number_has_a_lower_bound(cls, field):
+    assert {"min", "above"} & set(field.metadata)
+
+
+def test_the_defaults_are_accepted():
+    assert made().max_train_steps is None
+
+
+@pytest.mark.parametrize("name", TABLE.split())
+def test_each_known_parameter_is_a_setting_of_training(name):
+    assert name in {field.name for field in dataclasses.fields(TrainConfig)}
+
+
+@pytest.mark.parametrize("spelling", [lambda name: name, lambda name: name.replace("_", "-")], ids=["_", "-"])
+@pytest.mark.parametrize("name", TABLE.split())
+def test_each_known_parameter_is_a_flag_that_is_accepted_or_refused_in_one_sentence(name, spelling, capsys):
+    switch = field_type(TrainConfig, name) is bool
+    rest = FLAG_VALUES.get(name, [] if switch else ["1"])
+    arguments = ["train", "--pretrained_model_name_or_path", "nowhere", "--instance_data_dir", "photos"]
+    arguments += ["--instance_prompt", "zwx", f"--{spelling(name)}", *rest]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    if name in WAITING:
+        assert said == f"dbkit: {name} is not built yet: it comes with a later version of dbkit; leave it out for now\n"
+    else:
+        # The settings were taken; the first thing that is wrong is the model.
+        assert said.startswith("dbkit: there is no model folder nowhere; ")
+        assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "value"), WAITING.items())
+def test_a_setting_that_is_not_built_yet_is_refused_and_its_default_is_not(name, value):
+    with pytest.raises(DbkitError, match=f"^{name} is not built yet: it comes with a later version of dbkit; leave it"):
+        made(**{name: value})
+    default = next(field.default for field in dataclasses.fields(TrainConfig) if field.name == name)
+    assert getattr(made(**{name: default}), name) == default
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"instance_prompt": None},
+            "no prompt is given: set instance_prompt, or use_txt_as_label with a .txt file beside each image",
+        ),
+        (
+            {"use_txt_as_label": True},
+            "instance_prompt and use_txt_as_label exclude each other, since each image has one prompt; "
+            "keep one of them",
+        ),
+        (
+            {"use_filename_as_label": True, "use_txt_as_label": True},
+            "instance_prompt and use_txt_as_label and use_filename_as_label exclude each other, since each image has "
+            "one prompt; keep one of them",
+        ),
+        (
+            {"class_prompt": "photo of a dog"},
+            "class_prompt has no effect without with_prior_preservation; turn that on or leave class_prompt empty",
+        ),
+        (
+            {"class_data_dir": "class"},
+            "class_data_dir has no effect without with_prior_preservation; turn that on or leave class_data_dir empty",
+        ),
+        (
+            {"with_prior_preservation": True},
+            "with_prior_preservation needs class_prompt, for instance: photo of a dog",
+        ),
+        (
+            {"with_prior_preservation": True, "class_prompt": "zwx"},
+            "class_prompt and instance_prompt are the same; put an identifier, a rare word, in instance_prompt only",
+        ),
+        (
+            {"lr_warmup_steps": 10},
+            "lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0",
+        ),
+        ({"output_dir": "photos"}, "output_dir photos holds instance_data_dir photos; choose another output_dir"),
+        (
+            {"output_dir": "class", "class_data_dir": "class", "with_prior_preservation": True, "class_prompt": "dog"},
+            "output_dir class holds class_data_dir class; choose another output_dir",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(changes, sentence):
+    with pytest.raises(DbkitError) as caught:
+        made(**changes)
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"instance_prompt": None, "use_txt_as_label": True},
+        {"instance_prompt": "", "use_filename_as_label": True},
+        {"with_prior_preservation": True, "class_prompt": "dog", "class_data_dir": "class"},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 10},
+        {"output_dir": "run"},
+    ],
+)
+def test_settings_that_go_together_are_accepted(changes):
+    assert made(**changes)
+
+
+def test_all_contradictions_are_named_at_once():
+    with pytest.raises(DbkitError) as caught:
+        made(instance_prompt=None, class_prompt="dog", lr_warmup_steps=3, push_to_hub=True, output_dir="photos")
+    said = str(caught.value).splitlines()
+    assert said[0] == "5 settings need a change:"
+    for part in ("push_to_hub", "no prompt", "class_prompt", "warm-up", "output_dir"):
+        assert sum(part in line for line in said[1:]) == 1
+
+
+def test_a_preview_needs_a_prompt():
+    with pytest.raises(DbkitError, match=r"^prompt is missing: say what the pictures should show$"):
+        PreviewConfig("model")
+    assert PreviewConfig("model", prompts_file="prompts.txt").prompt == ()
+
+
+def test_a_preview_needs_a_guidance_scale():
+    with pytest.raises(DbkitError, match=r"^guidance_scale is empty; give at least one value$"):
+        PreviewConfig("model", prompt="zwx", guidance_scale=())
+
+
+def test_the_number_that_yaml_reads_as_text_becomes_the_learning_rate(tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text("learning_rate: 2e-6\ninstance_data_dir: photos\ninstance_prompt: zwx\n")
+    assert TrainConfig.load(path, pretrained_model_name_or_path="owner/name").learning_rate == 2e-6
+
+
+def test_saved_training_settings_load_as_the_same_settings(tmp_path):
+    config = made(learning_rate=1e-7, output_dir=tmp_path / "run", test_prompt="犬: zwx", save_model_every_n_steps=None)
+    assert TrainConfig.load(config.save(tmp_path / "train.yaml")) == config
+
+
+def test_the_token_is_never_saved_nor_said():
+    config = made()
+    assert "hub_model_id" in plain(config)
+    assert "hub_token" not in plain(config)
+    assert "hub_token" not in to_yaml(config)
+    with pytest.raises(DbkitError) as caught:
+        made(hub_token="hf_hush")
+    assert "hf_hush" not in str(caught.value)
+
+
+def test_every_sample_file_is_a_training_that_names_sample_pictures():
+    paths = sorted((ROOT / "data_templates").rglob("*.yaml"))
+    assert len(paths) > 1
+    for path in paths:
+        config = TrainConfig.load(path, pretrained_model_name_or_path="owner/name")
+        assert (ROOT / config.instance_data_dir).is_dir()
+
+
+def test_the_page_of_settings_is_up_to_date():
+    spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "settings_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == module.settings_page(), "run: make docs"

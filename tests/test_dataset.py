@@ -1,0 +1,490 @@
+"""Photographs become training images: from folders and zips, again and again."""
+
+import hashlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dbkit import DbkitError, PrepareConfig, prepare_dataset
+from dbkit.dataset import REPORT
+
+REAL_PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth" / "dog6"
+
+
+def picture(path, colour="teal", size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def hashes(folder):
+    """Every file below a folder, with its hash."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def prepare(source, destination, **changes):
+    return prepare_dataset(source, destination, **{"resolution": 32, **changes})
+
+
+def names(report):
+    return {image.source: image.file for image in report.kept}
+
+
+def colour_of(path):
+    with Image.open(path) as image:
+        return image.getpixel((0, 0))
+
+
+def zip_of(path, files):
+    """A zip with these names and contents."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def png(colour="teal"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# What prepare_dataset() makes.
+
+
+def test_the_images_are_square_rgb_pngs_of_one_size_and_the_source_is_as_before(photos, tmp_path):
+    picture(photos / "sub" / "tall.jpg", size=(20, 90))
+    before = hashes(photos)
+    report = prepare(photos, tmp_path / "out", default_caption="photo of zwx thing", center_crop=False)
+    assert hashes(photos) == before
+    assert len(report.kept) == 4
+    assert report.refused == {}
+    for image in report.kept:
+        with Image.open(tmp_path / "out" / image.file) as made:
+            assert (made.format, made.mode, made.size) == ("PNG", "RGB", (32, 32))
+
+
+def test_the_same_settings_give_the_same_files(photos, tmp_path):
+    for name in ("one", "two", "two"):
+        prepare(photos, tmp_path / name, center_crop=False, seed=3)
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+
+
+def test_another_seed_crops_elsewhere(photos, tmp_path):
+    for seed in (0, 1):
+        prepare(photos, tmp_path / str(seed), center_crop=False, seed=seed)
+    assert hashes(tmp_path / "0") != hashes(tmp_path / "1")
+
+
+def test_the_report_says_what_was_kept_and_cropped_and_refused(photos, tmp_path):
+    picture(photos / "wide.png", size=(100, 20))
+    (photos / "broken.png").write_bytes(b"no image")
+    report = prepare(photos, tmp_path / "out")
+    lines = str(report).splitlines()
+    assert lines[0] == f"4 images, 3 captions, 1 refused: {tmp_path / 'out'}"
+    assert (
+        "  wide.png: 100 x 20, the crop keeps 20%, enlarged, so it will look soft: a larger original is better" in lines
+    )
+    assert "  teal.png: 96 x 80, the crop keeps 83%" in lines
+    assert sum(line.startswith("  refused: broken.png cannot be read as an image") for line in lines) == 1
+    facts = json.loads((tmp_path / "out" / REPORT).read_text(encoding="utf-8"))
+    assert {image["source"] for image in facts["images"]} == {"crimson.png", "gold.png", "teal.png", "wide.png"}
+    assert list(facts["refused"]) == ["broken.png"]
+    assert facts["resolution"] == 32
+
+
+def test_the_report_shows_pictures_and_escaped_captions_in_a_notebook(photos, tmp_path):
+    (photos / "teal.txt").write_text("<b>a thing</b>")
+    (photos / "broken & bad.png").write_bytes(b"no image")
+    shown = prepare(photos, tmp_path / "out")._repr_html_()
+    assert shown.count("data:image/jpeg;base64,") == 3
+    assert "&lt;b&gt;a thing&lt;/b&gt;" in shown
+    assert "broken &amp; bad.png" in shown
+
+
+def test_an_unreadable_image_is_refused_while_others_are_kept(photos, tmp_path):
+    (photos / "broken.png").write_bytes(b"")
+    picture(photos / "dot.png", size=(40, 7))
+    report = prepare(photos, tmp_path / "out")
+    assert set(report.refused) == {"broken.png", "dot.png"}
+    assert report.refused["dot.png"] == "dot.png has 40 x 7 pixels; too small to learn from"
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"teal.png", "crimson.png", "gold.png"}
+
+
+def test_an_image_whose_caption_cannot_be_read_is_refused_and_leaves_nothing(photos, tmp_path):
+    (photos / "teal.txt").write_bytes("Hündin".encode("latin-1"))
+    report = prepare(photos, tmp_path / "out")
+    assert list(report.refused) == ["teal.png"]
+    assert "teal.txt is not UTF-8 text" in report.refused["teal.png"]
+    assert not list((tmp_path / "out").glob("teal*"))
+
+
+def test_a_full_disk_is_not_counted_as_refused_images(photos, tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "gold.png.partial").symlink_to("/dev/full")
+    with pytest.raises(DbkitError, match=r"the disk of .* is full"):
+        prepare(photos, tmp_path / "out")
+    assert len(prepare(photos, tmp_path / "out").kept) == 3
+
+
+# Captions.
+
+
+def test_captions_come_along(photos, tmp_path):
+    (photos / "gold.txt").unlink()
+    (photos / "teal.png.txt").write_text("exactly\nteal")
+    report = prepare(photos, tmp_path / "out")
+    assert {image.source: image.caption for image in report.kept} == {
+        "crimson.png": "a crimson thing",
+        "gold.png": None,
+        "teal.png": "exactly teal",
+    }
+    assert (tmp_path / "out" / "teal.txt").read_bytes() == b"exactly teal\n"
+    assert not (tmp_path / "out" / "gold.txt").exists()
+    assert report.captions == 2
+
+
+def test_a_default_caption_is_written_only_where_there_is_none(photos, tmp_path):
+    (photos / "gold.txt").unlink()
+    (photos / "teal.txt").write_text(" \n")
+    report = prepare(photos, tmp_path / "out", default_caption="photo of zwx thing")
+    captions = {image.source: image.caption for image in report.kept}
+    assert captions["gold.png"] == captions["teal.png"] == "photo of zwx thing"
+    assert captions["crimson.png"] == "a crimson thing"
+    assert report.captions == 3
+
+
+def test_an_empty_caption_does_not_count_as_one(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    (tmp_path / "out" / "teal.txt").write_text("")
+    assert prepare(photos, tmp_path / "out").captions == 2
+
+
+def test_captions_edited_in_the_destination_are_kept(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    (tmp_path / "out" / "teal.txt").write_text("edited by hand")
+    report = prepare(photos, tmp_path / "out", default_caption="photo of zwx thing")
+    assert {image.file: image.caption for image in report.kept}["teal.png"] == "edited by hand"
+    assert (tmp_path / "out" / "teal.txt").read_text() == "edited by hand"
+
+
+# Names.
+
+
+def test_adding_a_photograph_renames_no_other(photos, tmp_path):
+    picture(photos / "sub" / "a.jpg")
+    before = names(prepare(photos, tmp_path / "out"))
+    for name in ("aaa.jpg", "sub/0.png", "zzz.webp", "sub/sub/a.jpg"):
+        picture(photos / name)
+    after = names(prepare(photos, tmp_path / "out"))
+    assert len(after) == len(before) + 4
+    assert {source: after[source] for source in before} == before
+
+
+def test_two_images_of_one_name_are_both_kept(tmp_path):
+    picture(tmp_path / "in" / "a.jpg", "black")
+    picture(tmp_path / "in" / "a.png", "white")
+    # These two differ in nothing that every file system tells apart.
+    picture(tmp_path / "in" / "x-b.png", "red")
+    picture(tmp_path / "in" / "x" / "B.png", "blue")
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert len({image.file.casefold() for image in report.kept}) == 4
+    assert colour_of(tmp_path / "out" / names(report)["a.jpg"]) == (0, 0, 0)
+    assert colour_of(tmp_path / "out" / names(report)["a.png"]) == (255, 255, 255)
+
+
+def test_a_photograph_of_the_same_name_takes_neither_the_place_nor_the_caption_of_an_earlier_one(tmp_path):
+    picture(tmp_path / "in" / "a.png", "white")
+    prepare(tmp_path / "in", tmp_path / "out")
+    (tmp_path / "out" / "a.txt").write_text("a white wall")
+    picture(tmp_path / "in" / "a.jpg", "black")
+    report = prepare(tmp_path / "in", tmp_path / "out")
+    assert names(report)["a.png"] == "a.png"
+    assert colour_of(tmp_path / "out" / "a.png") == (255, 255, 255)
+    captions = {image.source: image.caption for image in report.kept}
+    assert captions == {"a.png": "a white wall", "a.jpg": None}
+
+
+def test_names_of_every_script_and_length_become_files(tmp_path):
+    given = [
+        "犬 と 猫.jpg",
+        "con.png",
+        "a:b?.png" if sys.platform != "win32" else "ab.png",
+        "🐕" * 40 + "/" + "🐕" * 40 + ".png",
+    ]
+    for name in (*given, "🐕" * 40 + "/" + "🐕" * 40 + ".webp"):
+        picture(tmp_path / "in" / name)
+    made = names(prepare(tmp_path / "in", tmp_path / "out"))
+    assert made["犬 と 猫.jpg"] == "犬 と 猫.png"
+    assert made["con.png"] == "con-.png"
+    assert len(set(made.values())) == 5
+
+
+# Running again.
+
+
+def test_an_image_whose_photograph_is_gone_is_removed_with_its_caption(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    (photos / "teal.png").unlink()
+    prepare(photos, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {"crimson.png", "crimson.txt", "gold.png", "gold.txt", REPORT}
+
+
+def test_a_changed_image_or_caption_is_not_removed(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    picture(tmp_path / "out" / "teal.png", "black")
+    (tmp_path / "out" / "gold.txt").write_text("edited by hand")
+    (tmp_path / "out" / "own notes.md").write_text("mine")
+    (photos / "teal.png").unlink()
+    (photos / "gold.png").unlink()
+    prepare(photos, tmp_path / "out")
+    left = set(hashes(tmp_path / "out"))
+    assert left == {"crimson.png", "crimson.txt", "teal.png", "teal.txt", "gold.txt", "own notes.md", REPORT}
+
+
+def test_a_killed_run_is_taken_up_again(photos, tmp_path):
+    prepare(photos, tmp_path / "whole")
+    (tmp_path / "out").mkdir()
+    # What a kill during the first image and during the second one leaves.
+    (tmp_path / "out" / "crimson.png.partial").write_bytes(b"half")
+    assert len(prepare(photos, tmp_path / "out").kept) == 3
+    (tmp_path / "out" / "gold.png").unlink()
+    planned = {f"{name}.png": f"{name}.png" for name in ("crimson", "gold", "teal")}
+    begun = {"resolution": 32, "images": [], "refused": {}, "planned": planned}
+    (tmp_path / "out" / REPORT).write_text(json.dumps(begun), encoding="utf-8")
+    prepare(photos, tmp_path / "out")
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_a_picture_that_someone_put_into_the_destination_is_not_overwritten(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    own = picture(tmp_path / "out" / "cat.png", "black")
+    picture(photos / "cat.jpg")
+    assert names(prepare(photos, tmp_path / "out"))["cat.jpg"] == "cat-jpg.png"
+    assert colour_of(own) == (0, 0, 0)
+
+
+# What is refused.
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(DbkitError, match=r"^there are no images in .*in; put 5 to 20 photographs there \(.bmp, .gif, "):
+        prepare(tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_a_usable_image_is_refused_with_every_reason(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "in" / name).write_bytes(b"no image")
+    with pytest.raises(DbkitError, match=r"^none of the 2 images in .*in is usable: a.png cannot.*; b.png cannot"):
+        prepare(tmp_path / "in", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["gone", "gone.zip", "notes.txt"])
+def test_a_source_that_is_no_folder_or_zip_is_refused(tmp_path, name):
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DbkitError, match=f"^there is no folder or .zip .*{name}; check the path$"):
+        prepare(tmp_path / name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("destination", ["photos", "photos/out", ".", "photos/../photos/x"])
+def test_a_destination_in_or_around_the_source_is_refused(photos, tmp_path, destination):
+    before = hashes(tmp_path)
+    with pytest.raises(DbkitError, match=r"lie in one another; choose a destination elsewhere$"):
+        prepare(photos, tmp_path / destination)
+    assert hashes(tmp_path) == before
+
+
+def test_a_destination_that_is_a_file_is_refused(photos, tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(DbkitError, match=r"out is a file; choose a folder as destination$"):
+        prepare(photos, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["teal.png", "thesis.docx", "a.txt"])
+def test_a_destination_with_files_of_the_users_own_is_refused_and_left_alone(photos, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(DbkitError, match=rf"out holds files that dbkit did not make \({name}\); choose a new folder$"):
+        prepare(photos, tmp_path / "out")
+    assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+def test_clutter_in_a_new_destination_is_no_matter(photos, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").write_text("x")
+    assert len(prepare(photos, tmp_path / "out").kept) == 3
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"images": [{"file": "a.png"}]}', '{"images": 3}', "{}"])
+def test_a_report_of_another_program_is_refused(photos, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / REPORT).write_text(content)
+    with pytest.raises(
+        DbkitError, match=r"report.json is damaged or not made by dbkit; choose a new folder as destinat"
+    ):
+        prepare(photos, tmp_path / "out")
+
+
+def test_a_report_cannot_name_files_outside_its_folder(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    victim = shutil.copy(tmp_path / "out" / "teal.png", tmp_path / "victim.png")
+    report = tmp_path / "out" / REPORT
+    report.write_text(report.read_text().replace('"teal.png"', '"../victim.png"', 1))
+    (photos / "teal.png").unlink()
+    prepare(photos, tmp_path / "out")
+    assert Path(victim).is_file()
+
+
+# Zips.
+
+
+def test_a_zip_gives_the_same_images_as_its_folder(photos, tmp_path):
+    archive = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
+    before = archive.read_bytes()
+    prepare(photos, tmp_path / "from folder")
+    prepare(archive, tmp_path / "from zip")
+    assert hashes(tmp_path / "from zip") == hashes(tmp_path / "from folder")
+    assert archive.read_bytes() == before
+
+
+def test_a_zip_cannot_write_outside_and_its_clutter_is_ignored(tmp_path, monkeypatch):
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    files = {
+        "photos/dog.png": png(),
+        "photos/dog.txt": "a dog",
+        "../evil.png": png("red"),
+        "photos/../../evil.png": png("red"),
+        "/evil.png": png("red"),
+        "__MACOSX/photos/._dog.png": b"clutter",
+        "photos/.DS_Store": b"clutter",
+        "photos/run.sh": "echo",
+    }
+    report = prepare(zip_of(tmp_path / "photos.zip", files), tmp_path / "out")
+    assert report.refused == {}
+    assert names(report)["photos/dog.png"] == "photos-dog.png"
+    assert report.captions == 1
+    assert not Path("/evil.png").exists()
+    # Only the one with the leading slash is taken, without it.
+    assert list(tmp_path.rglob("evil.png")) == [tmp_path / "out" / "evil.png"]
+    assert list((tmp_path / "temp").iterdir()) == []
+
+
+def with_a_password(content):
+    """The zip with the mark of encryption on its first file, in both headers."""
+    content = bytearray(content)
+    content[6] |= 1
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    return bytes(content)
+
+
+def with_damaged_data(content):
+    """The zip with its first compressed stream overwritten."""
+    start = 30 + int.from_bytes(content[26:28], "little") + int.from_bytes(content[28:30], "little")
+    return content[:start] + b"\xff" * 20 + content[start + 20 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [with_a_password, with_damaged_data, lambda content: content[:100], lambda content: b"no zip", lambda content: b""],
+    ids=["password", "damaged", "truncated", "text", "empty"],
+)
+def test_a_zip_that_cannot_be_unpacked_is_refused(tmp_path, damage):
+    path = zip_of(tmp_path / "photos.zip", {"dog.png": png(), "cat.png": png()})
+    path.write_bytes(damage(path.read_bytes()))
+    sentence = r"photos.zip cannot be unpacked \(.+\); make the zip again, without a password$"
+    with pytest.raises(DbkitError, match=sentence):
+        prepare(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_zip_with_a_wrong_checksum_is_refused(tmp_path):
+    path = tmp_path / "photos.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("dog.png", png())
+    content = bytearray(path.read_bytes())
+    content[60] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DbkitError, match=r"cannot be unpacked"):
+        prepare(path, tmp_path / "out")
+
+
+def test_a_zip_that_unpacks_to_too_much_is_refused_before_it_is_unpacked(tmp_path):
+    path = zip_of(tmp_path / "photos.zip", {f"{number}.png": png() for number in range(5)})
+    content = bytearray(path.read_bytes())
+    at = content.find(b"PK\x01\x02")
+    while at >= 0:
+        # The size that the list of contents claims: just under 4 GiB for each file.
+        content[at + 24 : at + 28] = (2**32 - 2).to_bytes(4, "little")
+        at = content.find(b"PK\x01\x02", at + 1)
+    path.write_bytes(content)
+    with pytest.raises(DbkitError, match=r"photos.zip unpacks to more than 20 GB; zip only the photographs$"):
+        prepare(path, tmp_path / "out")
+
+
+def test_a_zip_without_images_is_refused_by_its_own_name(tmp_path):
+    with pytest.raises(DbkitError, match=r"^there are no images in .*photos.zip; put 5 to 20"):
+        prepare(zip_of(tmp_path / "photos.zip", {"a.txt": "a"}), tmp_path / "out")
+
+
+# Photographs from real cameras.
+
+
+def test_real_photographs_are_prepared_without_refusal(tmp_path):
+    if not REAL_PHOTOGRAPHS.is_dir():
+        pytest.skip("the folder shared with real photographs is not beside this checkout")
+    before = hashes(REAL_PHOTOGRAPHS)
+    report = prepare(REAL_PHOTOGRAPHS, tmp_path / "out")
+    assert report.refused == {}
+    assert len(report.kept) == len(before) >= 4
+    assert hashes(REAL_PHOTOGRAPHS) == before
+
+
+# What training reads.
+
+
+# The fingerprint of the data.
+
+
+def test_preparing_takes_a_settings_object_too(photos, tmp_path):
+    report = prepare_dataset(PrepareConfig(photos, tmp_path / "out", resolution=16))
+    with Image.open(report.folder / report.kept[0].file) as image:
+        assert image.size == (16, 16)
+
+
+def test_a_caption_corrected_in_the_source_arrives_unless_it_was_edited_here_too(photos, tmp_path):
+    out = tmp_path / "out"
+    prepare(photos, out)
+    (out / "gold.txt").write_text("edited here\n", encoding="utf-8")
+    for name in ("teal", "gold"):
+        (photos / f"{name}.txt").write_text("corrected\n", encoding="utf-8")
+    for _ in range(2):
+        captions = {image.file: image.caption for image in prepare(photos, out).kept}
+        assert captions == {"crimson.png": "a crimson thing", "gold.png": "edited here", "teal.png": "corrected"}
+
+
+def test_photographs_of_kinds_that_are_not_read_are_named(photos, tmp_path):
+    (photos / "IMG_1.HEIC").write_bytes(b"phone")
+    report = prepare(photos, tmp_path / "out")
+    assert list(report.refused) == ["IMG_1.HEIC"]
+    assert "save it as JPEG or PNG" in report.refused["IMG_1.HEIC"] and len(report.kept) == 3
+
+
+def test_only_unread_kinds_are_said_to_be_so(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.heic").write_bytes(b"phone")
+    with pytest.raises(DbkitError, match=r"there are no images .* a\.heic is of a kind that dbkit does not read"):
+        prepare(tmp_path / "photos", tmp_path / "out")

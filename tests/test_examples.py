@@ -1,0 +1,148 @@
+"""What training reads: every image checked before a model is loaded, each with its prompt."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dbkit import DbkitError, TrainConfig, prepare_dataset
+from dbkit.examples import class_examples, fingerprint, instance_examples
+from dbkit.images import list_images
+
+
+def picture(path, colour="teal", size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def test_clutter_is_ignored(photos, tmp_path):
+    for name in (".DS_Store", "Thumbs.db", ".ipynb_checkpoints/x.png", "._teal.png", "__MACOSX/y.png", "notes.md"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_bytes(b"clutter")
+    report = prepare_dataset(photos, tmp_path / "out", resolution=32)
+    prepared = {image.source for image in report.kept}
+    assert prepared == {"teal.png", "crimson.png", "gold.png"}
+    assert report.refused == {}
+    assert {example.path.name for example in instance_examples(training(photos))} == prepared
+
+
+def training(folder, **changes):
+    values = {"pretrained_model_name_or_path": "owner/name", "instance_data_dir": folder, "resolution": 32}
+    labels = {"use_txt_as_label", "use_filename_as_label", "instance_prompt"}
+    return TrainConfig(**values, **({} if labels & set(changes) else {"instance_prompt": "photo of zwx"}), **changes)
+
+
+def test_one_prompt_for_every_image(photos):
+    examples = instance_examples(training(photos))
+    assert [(example.path.name, example.prompt) for example in examples] == [
+        ("crimson.png", "photo of zwx"),
+        ("gold.png", "photo of zwx"),
+        ("teal.png", "photo of zwx"),
+    ]
+    assert {example.path.name: example.sha256 for example in examples} == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in photos.glob("*.png")
+    }
+
+
+def test_each_images_text_file_is_its_prompt(photos):
+    prompts = [example.prompt for example in instance_examples(training(photos, use_txt_as_label=True))]
+    assert prompts == ["a crimson thing", "a gold thing", "a teal thing"]
+
+
+def test_each_images_file_name_is_its_prompt(photos):
+    picture(photos / "a red dog, v1.5.jpg")
+    prompts = [example.prompt for example in instance_examples(training(photos, use_filename_as_label=True))]
+    assert prompts == ["a red dog, v1.5", "crimson", "gold", "teal"]
+
+
+def test_missing_captions_are_named_all_at_once(photos):
+    (photos / "teal.txt").unlink()
+    (photos / "gold.txt").write_text(" ")
+    sentence = r"^2 of 3 images in .*photos have no caption \(gold.png, teal.png\); write a .txt file of the same name"
+    with pytest.raises(DbkitError, match=sentence):
+        instance_examples(training(photos, use_txt_as_label=True))
+
+
+def test_of_many_missing_captions_five_are_named_and_the_rest_counted(tmp_path):
+    for number in range(7):
+        picture(tmp_path / "in" / f"{number}.png")
+    with pytest.raises(DbkitError, match=r"^7 of 7 .* \(0.png, 1.png, 2.png, 3.png, 4.png and 2 more\);"):
+        instance_examples(training(tmp_path / "in", use_txt_as_label=True))
+
+
+def test_unreadable_images_are_named_all_at_once(photos):
+    (photos / "a.png").write_bytes(b"")
+    (photos / "b.jpg").write_text("no image")
+    with pytest.raises(
+        DbkitError, match=r"^2 of 5 images are not usable: a.png cannot be read .*, b.jpg cannot be read "
+    ):
+        instance_examples(training(photos))
+
+
+def test_a_folder_of_images_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DbkitError, match=r"^instance_data_dir .*gone is not a folder; check the path, or make it with"):
+        instance_examples(training(tmp_path / "gone"))
+
+
+def test_a_folder_of_images_that_is_empty_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    with pytest.raises(
+        DbkitError, match=r"^there are no images in instance_data_dir .*in; put 5 to 20 photographs there$"
+    ):
+        instance_examples(training(tmp_path / "in"))
+
+
+def test_images_in_a_folder_below_are_pointed_out(tmp_path):
+    picture(tmp_path / "in" / "dog" / "a.png")
+    with pytest.raises(DbkitError, match=r"there are some in .*dog: name that folder$"):
+        instance_examples(training(tmp_path / "in"))
+
+
+def with_class(photos):
+    return training(photos, with_prior_preservation=True, class_prompt="photo of a thing")
+
+
+def test_class_images_all_have_the_class_prompt(photos, tmp_path):
+    picture(tmp_path / "class" / "a.png")
+    examples = class_examples(with_class(photos), list_images(tmp_path / "class"))
+    assert [example.prompt for example in examples] == ["photo of a thing"]
+
+
+def marked(folder, **changes):
+    return fingerprint(instance_examples(training(folder, **{"use_txt_as_label": True, **changes})))
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_images_lie(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "elsewhere" / "copy")
+    for crop in (True, False):
+        assert marked(photos, center_crop=crop) == marked(tmp_path / "elsewhere" / "copy", center_crop=crop)
+
+
+def test_the_fingerprint_changes_with_a_caption(photos):
+    before = marked(photos)
+    (photos / "teal.txt").write_text("another thing")
+    assert marked(photos) != before
+
+
+def test_the_fingerprint_changes_with_an_images_bytes(photos):
+    before = marked(photos)
+    image = np.asarray(Image.open(photos / "teal.png")).copy()
+    image[0, 0, 0] ^= 1
+    Image.fromarray(image).save(photos / "teal.png")
+    assert marked(photos) != before
+
+
+def test_the_fingerprint_changes_with_the_order(photos):
+    examples = instance_examples(training(photos))
+    assert fingerprint(examples) != fingerprint(examples[::-1])
+
+
+def test_the_fingerprint_changes_with_the_crops(photos):
+    marks = [
+        marked(photos, center_crop=crop, seed=seed) for crop, seed in [(True, 0), (False, 0), (False, 1), (True, 1)]
+    ]
+    assert len(set(marks)) == 3
+    assert marks[0] == marks[3]

@@ -1,0 +1,153 @@
+"""The folder that notebooks share: where it is, what is in it, and what is newest there."""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from dbkit import ConvertConfig, DbkitError, PrepareConfig, TrainConfig, describe_machine, open_workspace
+from dbkit.workspace import default_folder, on_colab
+
+
+def colab(monkeypatch, tmp_path, mount):
+    """Let this kernel look like Colab's, with a Drive that mounts by calling `mount`."""
+    drive = types.ModuleType("google.colab.drive")
+    drive.mount = mount
+    package = types.ModuleType("google.colab")
+    package.drive = drive
+    monkeypatch.setitem(sys.modules, "google", types.ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    monkeypatch.setattr("dbkit.workspace._DRIVE", tmp_path / "drive")
+    monkeypatch.delenv("DBKIT_WORKSPACE")
+
+
+def test_opening_makes_every_folder_and_opening_again_changes_nothing(tmp_path):
+    workspace = open_workspace(tmp_path / "a" / "b")
+    folders = {"photos", "settings", "models", "datasets", "class_images", "runs", "exports"}
+    assert {path.name for path in (tmp_path / "a" / "b").iterdir()} == folders
+    (workspace.path / "runs" / "kept.txt").write_text("kept")
+    assert open_workspace(tmp_path / "a" / "b") == workspace
+    assert (workspace.path / "runs" / "kept.txt").read_text() == "kept"
+
+
+def test_a_workspace_that_cannot_be_made_is_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(
+        DbkitError, match=r"the workspace .*file cannot be made \(.+\); set DBKIT_WORKSPACE to a folder"
+    ):
+        open_workspace(tmp_path / "file")
+
+
+def test_the_environment_names_the_workspace(monkeypatch, tmp_path, workspace_folder):
+    assert open_workspace().path == workspace_folder
+    monkeypatch.setenv("DBKIT_WORKSPACE", "~/dbkit-of-a-test")
+    assert default_folder() == Path.home() / "dbkit-of-a-test"
+
+
+def test_without_a_name_the_workspace_lies_in_the_current_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("DBKIT_WORKSPACE")
+    monkeypatch.chdir(tmp_path)
+    assert not on_colab()
+    assert open_workspace().path == tmp_path / "workspace"
+
+
+def test_on_colab_the_workspace_is_on_the_drive(monkeypatch, tmp_path):
+    colab(monkeypatch, tmp_path, lambda place: (Path(place) / "MyDrive").mkdir(parents=True))
+    assert on_colab()
+    assert open_workspace().path == tmp_path / "drive" / "MyDrive" / "dbkit"
+
+
+def test_on_colab_a_drive_that_is_not_mounted_is_a_sentence(monkeypatch, tmp_path):
+    colab(monkeypatch, tmp_path, lambda place: None)
+    with pytest.raises(DbkitError, match=r"^Google Drive is not mounted; run the cell again and allow access$"):
+        open_workspace()
+
+
+def test_on_colab_a_named_folder_mounts_nothing(monkeypatch, tmp_path):
+    colab(monkeypatch, tmp_path, lambda place: pytest.fail("the drive was mounted"))
+    assert open_workspace(tmp_path / "here").path == tmp_path / "here"
+
+
+def test_the_workspace_shows_what_is_in_each_folder():
+    workspace = open_workspace()
+    for name in ("dog", "cat", ".DS_Store"):
+        (workspace.path / "photos" / name).mkdir()
+    lines = str(workspace).splitlines()
+    assert lines[0].startswith(f"workspace: {workspace.path} (")
+    assert "  photos: cat, dog" in lines
+    assert "  runs: empty" in lines
+
+
+def test_each_form_has_a_settings_file_of_its_own():
+    workspace = open_workspace()
+    assert workspace.settings_file("train") == workspace.path / "settings" / "train.yaml"
+
+
+def touched(path, when):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("x")
+    os.utime(path, (when, when))
+    return path
+
+
+def test_the_newest_path_is_the_one_that_changed_last():
+    workspace = open_workspace()
+    assert workspace.newest("runs/*/model/model_index.json") is None
+    old = touched(workspace.path / "runs" / "b" / "model" / "model_index.json", 1000)
+    new = touched(workspace.path / "runs" / "a" / "model" / "model_index.json", 2000)
+    assert workspace.newest("runs/*/model/model_index.json") == new
+    os.utime(old, (3000, 3000))
+    assert workspace.newest("runs/*/model/model_index.json") == old
+
+
+def test_a_folder_that_gets_a_file_is_the_newest():
+    workspace = open_workspace()
+    for name in ("b", "a"):
+        (workspace.path / "photos" / name).mkdir()
+        os.utime(workspace.path / "photos" / name, (1000, 1000))
+    (workspace.path / "photos" / "b" / "x.png").write_bytes(b"")
+    assert workspace.newest("photos/*") == workspace.path / "photos" / "b"
+
+
+@pytest.mark.parametrize("clutter", [".DS_Store", ".ipynb_checkpoints"])
+def test_clutter_is_never_the_newest(clutter):
+    workspace = open_workspace()
+    photos = touched(workspace.path / "photos" / "dog.zip", 1000)
+    touched(workspace.path / "photos" / clutter, 2000)
+    assert workspace.newest("photos/*") == photos
+
+
+def test_relative_paths_of_settings_are_taken_from_the_workspace(tmp_path):
+    workspace = open_workspace()
+    anchored = workspace.anchor(PrepareConfig("photos/dog", tmp_path / "elsewhere", resolution=64))
+    assert anchored == PrepareConfig(workspace.path / "photos" / "dog", tmp_path / "elsewhere", resolution=64)
+
+
+def test_empty_paths_of_settings_stay_empty():
+    config = TrainConfig("owner/name", "datasets/dog", instance_prompt="zwx")
+    anchored = open_workspace().anchor(config)
+    assert anchored.output_dir is None
+    assert anchored.instance_data_dir.is_absolute()
+
+
+def test_a_model_is_taken_from_the_workspace_if_it_is_there():
+    workspace = open_workspace()
+    (workspace.path / "models" / "mine").mkdir()
+    for given, found in [("models/mine", str(workspace.path / "models" / "mine")), ("owner/name", "owner/name")]:
+        config = TrainConfig(given, "photos", instance_prompt="zwx")
+        assert workspace.anchor(config).pretrained_model_name_or_path == found
+
+
+def test_settings_without_a_model_name_are_anchored_too():
+    workspace = open_workspace()
+    assert workspace.anchor(ConvertConfig("a.ckpt", "models/a")).destination == workspace.path / "models" / "a"
+
+
+def test_the_machine_is_described_in_lines():
+    lines = describe_machine().splitlines()
+    assert torch.__version__ in lines[0]
+    assert lines[1].startswith("GPU: ")
+    assert lines[1].startswith("GPU: none") == (not torch.cuda.is_available() and not torch.backends.mps.is_available())
