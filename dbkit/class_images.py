@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from dbkit.config import ClassImagesConfig
 from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file, write_text
 from dbkit.images import list_images
-from dbkit.models import check_resolution, choose_device, choose_dtype, fingerprint, load_models, model_facts
+from dbkit.libraries import choose_device, choose_dtype
+from dbkit.models import check_resolution, fingerprint, load_models, model_facts
 from dbkit.sampling import SAMPLER, Shot, place, sample
 from dbkit.settings import configured_by
 from dbkit.workspace import default_folder
@@ -30,6 +32,8 @@ class ClassImages:
     generated: int
     found: int
     brought: int
+    # Those that num_class_images asks for; a folder that runs share may hold more.
+    paths: list[Path]
 
     def __str__(self) -> str:
         parts = [f"{self.generated} generated", f"{self.found} found"]
@@ -50,16 +54,24 @@ def generate_class_images(config: ClassImagesConfig) -> ClassImages:
     identity = _identity(config)
     folder = config.class_data_dir or default_folder() / "class_images" / _key(config, identity)
     _check_manifest(folder, identity)
-    # Ours are known by their names, which no camera and no other trainer gives.
-    present = list_images(folder) if folder.is_dir() else []
-    ours = [path for path in present if path.name.startswith("class-")] if (folder / MANIFEST).exists() else []
-    brought = len(present) - len(ours)
-    wanted = [folder / f"class-{number:05d}.png" for number in range(config.num_class_images - brought)]
+    brought = _brought(folder)
+    wanted = [folder / f"class-{number:05d}.png" for number in range(config.num_class_images - len(brought))]
     missing = [number for number, path in enumerate(wanted) if not path.exists()]
     if missing:
-        write_text(folder / MANIFEST, json.dumps(identity, indent=1, ensure_ascii=False))
+        note = {**identity, "brought": [path.name for path in brought]}
+        write_text(folder / MANIFEST, json.dumps(note, indent=1, ensure_ascii=False))
         _generate(config, missing, wanted)
-    return ClassImages(folder, len(missing), len(ours), brought)
+    return ClassImages(folder, len(missing), len(wanted) - len(missing), len(brought), [*brought, *wanted])
+
+
+def _brought(folder: Path) -> list[Path]:
+    """The images that the user put there: all of them before dbkit's first one, later those that it did not name."""
+    present = list_images(folder) if folder.is_dir() else []
+    path = folder / MANIFEST
+    if not path.exists():
+        return present
+    noted = json.loads(path.read_text(encoding="utf-8")).get("brought", [])
+    return [path for path in present if path.name in noted or not re.fullmatch(r"class-\d{5}\.png", path.name)]
 
 
 def _identity(config: ClassImagesConfig) -> dict[str, Any]:
@@ -88,6 +100,8 @@ def _check_manifest(folder: Path, identity: dict[str, Any]) -> None:
         there = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DbkitError(f"{path} is damaged ({error}); choose another class_data_dir") from error
+    if not isinstance(there, dict):
+        raise DbkitError(f"{path} is not a manifest of class images; choose another class_data_dir")
     differing = [
         f"{name} {there.get(name)!r} instead of {identity[name]!r}"
         for name in identity
@@ -108,6 +122,10 @@ def _generate(config: ClassImagesConfig, missing: list[int], wanted: list[Path])
     models = load_models(config.pretrained_model_name_or_path, config.revision)
     check_resolution(config.resolution, models.facts)
     place(models, device, dtype)
+    # Whole batches, counted from the first image, so that an interrupted generation gives the same pictures.
+    size = config.sample_batch_size
+    batches = sorted({number // size for number in missing})
+    numbers = [n for batch in batches for n in range(batch * size, min((batch + 1) * size, len(wanted)))]
     shots = [
         Shot(
             config.class_prompt,
@@ -115,9 +133,12 @@ def _generate(config: ClassImagesConfig, missing: list[int], wanted: list[Path])
             config.guidance_scale,
             config.negative_prompt,
         )
-        for number in missing
+        for number in numbers
     ]
-    pictures = sample(models, shots, config.resolution, config.num_inference_steps, config.sample_batch_size, dtype)
-    for number, picture in zip(missing, tqdm(pictures, "class images", len(missing), file=sys.stdout, mininterval=1)):
+    pictures = sample(models, shots, config.resolution, config.num_inference_steps, size, dtype)
+    bar = tqdm(pictures, "class images", len(numbers), file=sys.stdout, mininterval=1)
+    for picture, number in zip(bar, numbers):
+        if wanted[number].exists():
+            continue
         with whole_file(wanted[number]) as partial:
             picture.save(partial, "PNG")

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
 import pickle
-import tempfile
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit.errors import DbkitError
-from dbkit.files import full_disk_is_a_sentence, write_text
+from dbkit.files import full_disk_is_a_sentence, share, write_text
+from dbkit.libraries import hub_options, loading, quiet
+from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +85,10 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
         return None
     if (folder / "text_encoder_2").exists():
         raise DbkitError(f"{folder} is a Stable Diffusion XL model; dbkit trains Stable Diffusion 1.x and 2.x")
+    if (folder / "model" / "model_index.json").is_file():
+        raise DbkitError(f"{folder} is a run; its model is {folder / 'model'}")
+    if not any((folder / part).is_dir() for part in PARTS):
+        raise DbkitError(f"{folder} is not a model folder, which has {', '.join(PARTS)} in it; check the path")
     missing = [f"{part}/{_CONFIGS[part]}" for part in PARTS if not (folder / part / _CONFIGS[part]).is_file()]
     missing += [f"{part} weights" for part in WEIGHTS if not _weight_files(folder / part)]
     if missing:
@@ -95,14 +97,19 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
             "original file again"
         )
     vae, unet, scheduler = (read_config(folder, part) for part in ("vae", "unet", "scheduler"))
-    if unet.get("in_channels") != vae.get("latent_channels"):
+    try:
+        if unet["in_channels"] != vae["latent_channels"]:
+            raise DbkitError(
+                f"{folder} is an inpainting model ({unet['in_channels']} input channels), which dbkit "
+                "cannot train yet; "
+                "take the plain model of the same family"
+            )
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        return Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
+    except (KeyError, TypeError) as error:
         raise DbkitError(
-            f"{folder} is an inpainting model ({unet.get('in_channels')} input channels); dbkit cannot "
-            "train those yet, "
-            "take the plain model of the same family"
-        )
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
-    return Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
+            f"the settings of {folder} are not those of a model ({error}); copy the model again"
+        ) from error
 
 
 def _require_hub_id(name: str) -> None:
@@ -126,9 +133,12 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     """The configuration of one part of a model folder."""
     path = folder / part / _CONFIGS[part]
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no settings")
     except (OSError, ValueError) as error:
         raise DbkitError(f"{path} is not readable ({error}); copy the model again") from error
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -146,20 +156,22 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
 
     Raises DbkitError when a part is missing, damaged or cannot be downloaded.
     """
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTokenizer
+    with quiet():
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextModel
 
-    model_facts(name_or_path)
-    options = {"revision": revision} if revision else {}
-    with _loading(name_or_path):
+    options: dict[str, Any] = {"revision": revision} if revision else {}
+    if model_facts(name_or_path) is None:
+        options |= hub_options(str(name_or_path))
+    with loading(name_or_path):
         variant = _variant(Path(name_or_path))
         if tokenizer_name:
             tokenizer = load_tokenizer(tokenizer_name)
         else:
-            tokenizer = CLIPTokenizer.from_pretrained(name_or_path, subfolder="tokenizer", **options)
-        text_encoder = CLIPTextModel.from_pretrained(name_or_path, subfolder="text_encoder", **options, **variant)
-        vae = AutoencoderKL.from_pretrained(name_or_path, subfolder="vae", **options, **variant)
-        unet = UNet2DConditionModel.from_pretrained(name_or_path, subfolder="unet", **options, **variant)
+            tokenizer = clip_tokenizer(name_or_path, subfolder="tokenizer", **options)
+        text_encoder = _whole(CLIPTextModel, name_or_path, "text_encoder", **options, **variant)
+        vae = _whole(AutoencoderKL, name_or_path, "vae", **options, **variant)
+        unet = _whole(UNet2DConditionModel, name_or_path, "unet", **options, **variant)
         scheduler_config = DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **options)
         noise_scheduler = DDPMScheduler.from_config(scheduler_config)
     models = Models(tokenizer, text_encoder, vae, unet, noise_scheduler, dict(scheduler_config))
@@ -167,6 +179,16 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
         module.float().eval().requires_grad_(False)
     _check_family(models, name_or_path)
     return models
+
+
+def _whole(cls: type, name: str | Path, part: str, **options: Any) -> torch.nn.Module:
+    """A part whose weights are all there: the libraries fill gaps with random numbers and only warn."""
+    module, found = cls.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
+    for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        names = sorted(str(key) for key in found.get(kind, ()) if not str(key).endswith("position_ids"))
+        if names:
+            raise OSError(f"its {part} has {kind.replace('_keys', '')} weights: {', '.join(names[:5])}")
+    return module
 
 
 def _variant(folder: Path) -> dict[str, str]:
@@ -192,43 +214,6 @@ def _check_family(models: Models, name: str | Path) -> None:
             f"the tokenizer knows {len(models.tokenizer)} tokens and the text encoder {vocabulary}; take "
             "both from one model"
         )
-
-
-@contextlib.contextmanager
-def _loading(name: str | Path) -> Iterator[None]:
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    from safetensors import SafetensorError
-
-    try:
-        with quiet():
-            yield
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        where = "copy or convert it again" if Path(name).is_dir() else "check the id, the connection and the token"
-        raise DbkitError(f"the model {name} cannot be loaded ({reason}); {where}") from error
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and advice off the screen; what matters is said by dbkit itself."""
-    import diffusers.utils.logging as diffusers_logging
-    import transformers.utils.logging as transformers_logging
-
-    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
-    bars = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
-    try:
-        for log, _ in levels:
-            log.set_verbosity_error()
-            log.disable_progress_bar()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        for log, level in levels:
-            log.set_verbosity(level)
-        for log, enabled in bars:
-            if enabled:
-                log.enable_progress_bar()
 
 
 def save_models(models: Models, folder: Path, precision: str | None = None) -> None:
@@ -257,7 +242,7 @@ def _model_index(models: Models) -> dict[str, Any]:
         "feature_extractor": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", models.scheduler_config["_class_name"]],
+        "scheduler": ["diffusers", models.scheduler_config.get("_class_name", "DDPMScheduler")],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -282,11 +267,13 @@ def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: st
         cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         if tensor.is_floating_point() and not cast.isfinite().all():
             raise DbkitError(
-                f"the weight {name} of the {part} does not fit in {precision}; set save_precision to bf16 or fp32"
+                f"the weight {name} of the {part} is no number or does not fit in {precision or 'its type'}; set "
+                "save_precision to bf16 or fp32, or train again at a lower learning_rate"
             )
         weights[name] = cast
     path = target / WEIGHTS[part]
     save_file(weights, path, metadata={"format": "pt"})
+    share(path)
     written = load_file(path)
     if written.keys() != weights.keys() or not all(torch.equal(written[name], weights[name]) for name in weights):
         raise DbkitError(
@@ -328,57 +315,8 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-# The tokenizer of every Stable Diffusion 1 model, at the commit this was written against.
-CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
-_CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
-
-
-def load_tokenizer(name: str | None) -> CLIPTokenizer:
-    """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1."""
-    from transformers import CLIPTokenizer
-
-    with _loading(f"tokenizer {name or CLIP_TOKENIZER}"):
-        if name:
-            return CLIPTokenizer.from_pretrained(name)
-        return CLIPTokenizer.from_pretrained(CLIP_TOKENIZER, revision=_CLIP_REVISION)
-
-
-def load_tokenizer_tables(vocabulary: dict[str, int], merges: list[str], config: dict[str, Any]) -> CLIPTokenizer:
-    """A tokenizer from the tables that tokenizer_tables() gives, and the settings beside them."""
-    with tempfile.TemporaryDirectory(prefix="dbkit-") as name:
-        folder = Path(name)
-        _write_tables(vocabulary, merges, folder)
-        write_text(folder / _CONFIGS["tokenizer"], json.dumps(config))
-        return load_tokenizer(str(folder))
-
-
-def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """Write the tokenizer as transformers does, plus vocab.json and merges.txt, which older clients read."""
-    tokenizer.save_pretrained(folder)
-    vocabulary, merges = tokenizer_tables(folder)
-    _write_tables(vocabulary, merges, folder)
-
-
-def _write_tables(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:
-    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
-
-
-def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:
-    """The vocabulary and the merges of a saved CLIP tokenizer, in whichever format it was saved."""
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-        return vocabulary, [line for line in lines if line and not line.startswith("#version")]
-    if not (folder / "tokenizer.json").is_file():
-        raise DbkitError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy the model again")
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return model["vocab"], merges
-
-
 def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
-    """What tells one base model from another: for a folder a hash of samples of its weights, else the id and revision.
+    """What tells one base model from another: for a folder a hash of its weights' samples, else id and revision.
 
     Any training changes every weight, so 16 samples of 64 KB from each file are enough, and a 4 GB model on Drive
     is told apart in a second.
@@ -387,6 +325,8 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
     if not folder.is_dir():
         return f"{name_or_path}@{revision or 'main'}"
     digest = hashlib.sha256()
+    for path in (folder / "scheduler" / _CONFIGS["scheduler"], folder / "tokenizer" / "vocab.json"):
+        digest.update(path.read_bytes() if path.is_file() else b"")
     for part in WEIGHTS:
         for path in _weight_files(folder / part):
             length = path.stat().st_size
@@ -396,32 +336,3 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
                     file.seek(math.floor(length * number / 16))
                     digest.update(file.read(1 << 16))
     return digest.hexdigest()
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, or for "auto" the best one there is. Raises DbkitError if it is not there."""
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(device for device, available in there.items() if available)
-    if not there[name]:
-        hint = "on Colab choose Runtime, Change runtime type, GPU" if name == "cuda" else "choose auto or cpu"
-        raise DbkitError(f"device is {name}, and this machine has none; {hint}")
-    return torch.device(name)
-
-
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type that matrix products run in: what was asked for, or what the device is good at.
-
-    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on the CPU and on Apple's GPUs.
-    """
-    import torch
-
-    if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if precision == "fp16" and device.type == "cpu":
-        raise DbkitError("mixed_precision is fp16, which needs a GPU; choose auto, no or bf16 on the CPU")
-    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dbkit.models import Models, quiet
+from dbkit.libraries import quiet
+from dbkit.models import Models
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +48,7 @@ def sample(
                 torch.from_numpy(shot.random.standard_normal((channels, latent_side, latent_side))) for shot in batch
             ]
             with torch.no_grad(), autocast(models.unet.device, dtype), quiet():
-                yield from made(
+                pictures = made(
                     prompt=[shot.prompt for shot in batch],
                     negative_prompt=[shot.negative_prompt for shot in batch],
                     latents=torch.stack(noise).to(models.unet.device, models.unet.dtype),
@@ -56,6 +57,8 @@ def sample(
                     height=side,
                     width=side,
                 ).images
+            # Outside the block: a caller may stop here for good, and must not inherit no_grad and autocast.
+            yield from pictures
 
 
 def _batches(items: list, size: int) -> Iterator[list]:

@@ -1,0 +1,118 @@
+"""The libraries and the device underneath: errors as sentences, advice off the screen."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbkit.errors import DbkitError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextlib.contextmanager
+def loading(name: str | Path) -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded."""
+    try:
+        with quiet():
+            yield
+    except library_errors() as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        where = "copy or convert it again" if Path(name).is_dir() else "check the id, the connection and the token"
+        raise DbkitError(f"the model {name} cannot be loaded ({reason}); {where}") from error
+
+
+def hub_options(name: str) -> dict[str, bool]:
+    """How to load a Hugging Face model now: from the cache alone where the Hub cannot be reached.
+
+    Raises DbkitError at once if it is not there either; the libraries would try for minutes.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+        return {}
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+    except OSError as error:
+        if isinstance(try_to_load_from_cache(name, "model_index.json"), str):
+            return {"local_files_only": True}
+        raise DbkitError(
+            f"the model {name} is not on this machine and Hugging Face cannot be reached ({error}); check the "
+            "connection, or give the folder of a model"
+        ) from error
+    return {}
+
+
+def library_errors() -> tuple[type[Exception], ...]:
+    """What the libraries raise about files that are missing, damaged or contradict each other."""
+    import huggingface_hub.errors
+    from safetensors import SafetensorError
+
+    # transformers 5 reports settings that cannot be by an error of its own; the Hub's are OSErrors and ValueErrors.
+    strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
+    return OSError, ValueError, RuntimeError, KeyError, SafetensorError, strict
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and advice off the screen; what matters is said by dbkit itself."""
+    # bitsandbytes, which the libraries import when it is there, warns of kernels that nobody asked for.
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    bitsandbytes_level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    levels = [(log, log.get_verbosity()) for log in (diffusers_logging, transformers_logging)]
+    bars = [(log, log.is_progress_bar_enabled()) for log in (diffusers_logging, transformers_logging)]
+    try:
+        for log, _ in levels:
+            log.set_verbosity_error()
+            log.disable_progress_bar()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        bitsandbytes.setLevel(bitsandbytes_level)
+        for log, level in levels:
+            log.set_verbosity(level)
+        for log, enabled in bars:
+            if enabled:
+                log.enable_progress_bar()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, or for "auto" the best one there is. Raises DbkitError if it is not there."""
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, available in there.items() if available)
+    if not there[name]:
+        hint = "on Colab choose Runtime, Change runtime type, GPU" if name == "cuda" else "choose auto or cpu"
+        raise DbkitError(f"device is {name}, and this machine has none; {hint}")
+    return torch.device(name)
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type that matrix products run in: what was asked for, or what the device is good at.
+
+    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on the CPU and on Apple's GPUs.
+    """
+    import torch
+
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if precision == "fp16" and device.type == "cpu":
+        raise DbkitError("mixed_precision is fp16, which needs a GPU; choose auto, no or bf16 on the CPU")
+    return {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]

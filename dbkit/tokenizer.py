@@ -1,0 +1,72 @@
+"""CLIP's tokenizer: loaded, saved in both of its formats, and as plain tables."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit.errors import DbkitError
+from dbkit.files import write_text
+from dbkit.libraries import loading
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+# The tokenizer of every Stable Diffusion 1 model, at the commit this was written against.
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+_CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+
+
+def load_tokenizer(name: str | None) -> CLIPTokenizer:
+    """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1."""
+    with loading(f"tokenizer {name or CLIP_TOKENIZER}"):
+        if name:
+            return clip_tokenizer(name)
+        return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION)
+
+
+def clip_tokenizer(name: str | Path, **options: str) -> CLIPTokenizer:
+    """A CLIP tokenizer as transformers loads it, which must know words."""
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(name, **options)
+    # Where the files are missing, transformers 5 makes a tokenizer that knows no word, and says nothing.
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
+        raise OSError("the tokenizer's vocabulary is missing")
+    return tokenizer
+
+
+def load_tokenizer_tables(vocabulary: dict[str, int], merges: list[str], config: dict[str, Any]) -> CLIPTokenizer:
+    """A tokenizer from the tables that tokenizer_tables() gives, and the settings beside them."""
+    with tempfile.TemporaryDirectory(prefix="dbkit-") as name:
+        folder = Path(name)
+        _write_tables(vocabulary, merges, folder)
+        write_text(folder / "tokenizer_config.json", json.dumps(config))
+        return load_tokenizer(str(folder))
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """Write the tokenizer as transformers does, plus vocab.json and merges.txt, which older clients read."""
+    tokenizer.save_pretrained(folder)
+    vocabulary, merges = tokenizer_tables(folder)
+    _write_tables(vocabulary, merges, folder)
+
+
+def _write_tables(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:
+    """The vocabulary and the merges of a saved CLIP tokenizer, in whichever format it was saved."""
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+        return vocabulary, [line for line in lines if line and not line.startswith("#version")]
+    if not (folder / "tokenizer.json").is_file():
+        raise DbkitError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json; copy the model again")
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges
