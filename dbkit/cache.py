@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dbkit import draws
-from dbkit.dataset import Example
+from dbkit.examples import Example
 from dbkit.images import read_image, square
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def encode_images(vae: AutoencoderKL, examples: list[Example], side: int, device
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
     """Token ids of shape (N, 77), padded and cut as at generation time."""
-    length = tokenizer.model_max_length
+    length = min(tokenizer.model_max_length, 77)
     return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
@@ -106,7 +106,10 @@ def _draw_part(pool: Pool, seed: int, step: int, samples: range, per_step: int, 
     steps = torch.tensor([int(random.integers(timesteps)) for random in randoms])
     # One copy for both: the noise that is added, and the noise that draws the latents from their posterior.
     normal = np.stack([random.standard_normal((2, *shape), dtype=np.float32) for random in randoms], axis=1)
-    noise, latent_noise = torch.from_numpy(normal).to(device, non_blocking=True)
+    normal = torch.from_numpy(normal)
+    if device.type == "cuda":
+        normal = normal.pin_memory()  # only then is the copy not waited for
+    noise, latent_noise = normal.to(device, non_blocking=True)
     indices = torch.tensor(chosen).to(device, non_blocking=True)
     latents = pool.latents.draw(indices, latent_noise)
     return latents, noise, steps.to(device, non_blocking=True), pool.prompts[pool.prompt_of[indices]]

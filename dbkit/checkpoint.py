@@ -1,12 +1,14 @@
 """Checkpoints that are whole or not there: commit, verify, find the newest valid one, rotate.
 
-A checkpoint exists when its manifest does. It is written under a temporary name, synced, hashed and renamed; the
-manifest, with every file's size and SHA-256, comes last. Whoever reads one checks it against its manifest first.
+A checkpoint exists when its manifest does. It is written under a temporary name, synced and hashed; the manifest, with
+every file's size and SHA-256, comes last, and then the folder takes its name in one step. Whoever reads one checks it
+against its manifest first.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit.errors import DbkitError
-from dbkit.files import full_disk_is_a_sentence, sha256, sync, sync_folder, write_text
+from dbkit.files import full_disk_is_a_sentence, move_aside, sha256, sync, sync_folder, write_text
 
 if TYPE_CHECKING:
     import torch
@@ -52,14 +54,21 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
                 sync(path)
                 name = path.relative_to(partial).as_posix()
                 listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            # Inside the temporary folder, so that a kill leaves no folder of the final name without its manifest.
+            write_text(partial / MANIFEST, json.dumps({"step": step, "facts": facts, "files": listed}, indent=1))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        # The old one goes only when the new one has its name.
+        old = folder.with_name(folder.name + ".old")
+        if old.exists():
+            remove_committed(old)
         if folder.exists():
-            _remove(folder)
+            folder.rename(old)
         partial.rename(folder)
         sync_folder(folder.parent)
-        write_text(folder / MANIFEST, json.dumps({"step": step, "facts": facts, "files": listed}, indent=1))
+        if old.exists():
+            remove_committed(old)
     fault = find_fault(folder)
     if fault:
         raise DbkitError(
@@ -68,11 +77,13 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
     return Checkpoint(folder, step, facts)
 
 
-def find_fault(folder: Path) -> str | None:
-    """Why a folder is not a valid checkpoint, in a few words; None if every file is as its manifest says."""
+def find_fault(folder: Path, step: int | None = None) -> str | None:
+    """Why a folder is no valid checkpoint (of that step), in a few words; None if all is as its manifest says."""
     manifest = _manifest(folder)
     if manifest is None:
         return "it has no readable manifest, so it was never finished"
+    if step is not None and manifest["step"] != step:
+        return f"it is of step {manifest['step']}"
     for name, wanted in manifest["files"].items():
         path = folder / name
         if not path.is_file():
@@ -85,18 +96,22 @@ def find_fault(folder: Path) -> str | None:
 def _manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return manifest if {"step", "facts", "files"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
+        step, facts, files = manifest["step"], manifest["facts"], manifest["files"]
+        whole = (
+            isinstance(step, int)
+            and isinstance(facts, dict)
+            and all({"size", "sha256"} <= f.keys() for f in files.values())
+        )
+        return manifest if whole else None
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return None
 
 
 def newest_valid(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     """The valid checkpoint with the highest step, or None, and a sentence for each newer one that was skipped."""
     skipped = []
-    for folder in sorted(parent.glob("step_*"), reverse=True):
-        if folder.name.endswith(".partial") or not folder.is_dir():
-            continue
-        fault = find_fault(folder)
+    for step, folder in sorted(_by_step(parent).items(), reverse=True):
+        fault = find_fault(folder, step)
         if fault is None:
             manifest = _manifest(folder)
             return Checkpoint(folder, manifest["step"], manifest["facts"]), skipped
@@ -104,21 +119,40 @@ def newest_valid(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, skipped
 
 
-def rotate(parent: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what killed runs left half written. The newest was verified."""
-    folders = sorted(folder for folder in parent.glob("step_*") if folder.is_dir())
-    for folder in folders:
-        if folder.name.endswith(".partial"):
-            shutil.rmtree(folder, ignore_errors=True)
-    committed = [folder for folder in folders if (folder / MANIFEST).is_file()]
-    for folder in committed[:-keep]:
-        _remove(folder)
+def rotate(parent: Path, newest: int, keep: int) -> None:
+    """Remove what is older than the last `keep` checkpoints up to `newest`, which was just verified, and leftovers.
+
+    Folders of later steps are damaged, or of steps that are taken again: they must not push out a good one.
+    """
+    folders = _by_step(parent)
+    kept = [step for step in sorted(folders) if step <= newest and (folders[step] / MANIFEST).is_file()][-keep:]
+    for step, folder in folders.items():
+        if step < kept[0]:
+            remove_committed(folder)
+    for partial in parent.glob("step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _remove(folder: Path) -> None:
+def _by_step(parent: Path) -> dict[int, Path]:
+    """The folders that step_folder() names; copies that someone made beside them are not ours."""
+    found = ((folder, re.fullmatch(r"step_(\d{6,})", folder.name)) for folder in parent.glob("step_*"))
+    return {int(match[1]): folder for folder, match in found if match and folder.is_dir()}
+
+
+def remove_committed(folder: Path) -> None:
+    """Delete what was committed in a folder; a file that someone else put there stays, in the folder moved aside."""
+    listed = (_manifest(folder) or {"files": {}})["files"]
     # The manifest goes first: a kill in between leaves something that nobody takes for a checkpoint.
     (folder / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(folder)
+    strangers = [
+        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in listed
+    ]
+    if not listed or not strangers:
+        shutil.rmtree(folder)
+        return
+    for name in listed:
+        (folder / name).unlink(missing_ok=True)
+    print(f"files that dbkit did not make are kept in {move_aside(folder)}")
 
 
 def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[str, dict[str, Any]]) -> None:
@@ -132,7 +166,12 @@ def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[s
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict(module, part).items()}
         save_file(weights, folder / f"{part}.safetensors")
     for name, state in others.items():
-        torch.save(state, folder / f"{name}.pt")
+        with (folder / f"{name}.pt").open("wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:
+                # torch hides the system's error, a full disk for instance, behind one of its own.
+                raise error.__context__ or error from error
 
 
 def load_state(checkpoint: Checkpoint, modules: dict[str, torch.nn.Module]) -> dict[str, dict[str, Any]]:

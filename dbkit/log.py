@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -48,7 +49,10 @@ class Log:
         line = {"step": step, "loss": loss, "instance_loss": instance_loss, "class_loss": class_loss}
         line |= {"learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         line |= {"seconds_per_step": (time.perf_counter() - self.since) / self.count}
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+        # JSON knows no infinity, which an fp16 gradient norm may be while the loss scale is found.
+        line = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8", newline="\n") as file:
+            # A disk too full for a line must not end the training; the next commit says so.
             file.write(json.dumps(line) + "\n")
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
@@ -58,11 +62,14 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; a last line that a kill cut short is left out."""
+    """The lines of a log.jsonl. What a kill cut short or someone else wrote is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            lines.append(json.loads(text))
+            found = json.loads(line)
         except ValueError:
-            break
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            lines.append(found)
     return lines

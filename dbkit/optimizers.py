@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
+from dbkit.files import size
 
 if TYPE_CHECKING:
     import torch
@@ -68,5 +70,22 @@ def learning_rates(config: TrainConfig, total: int) -> Callable[[int], float]:
     if config.scale_lr:
         peak *= config.train_batch_size * config.gradient_accumulation_steps
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    schedule = get_scheduler(config.lr_scheduler, stand_in, config.lr_warmup_steps, total)
+    schedule = get_scheduler(
+        config.lr_scheduler, stand_in, num_warmup_steps=config.lr_warmup_steps, num_training_steps=total
+    )
     return lambda done: peak * schedule.lr_lambdas[0](done)
+
+
+@contextlib.contextmanager
+def out_of_memory_is_a_sentence() -> Iterator[None]:
+    """Say how much memory was used and what takes less. Nothing is tried again by itself."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        peak = size(torch.cuda.max_memory_allocated())
+        raise DbkitError(
+            f"the GPU ran out of memory at {peak}; turn on gradient_checkpointing and use_8bit_adam, or lower "
+            "resolution or train_batch_size, and train again"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from dbkit import draws
 from dbkit.config import PreviewConfig
 from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file
-from dbkit.models import Models, check_resolution, choose_device, choose_dtype, load_models, model_facts
+from dbkit.libraries import choose_device, choose_dtype
+from dbkit.models import Models, check_resolution, load_models, model_facts
 from dbkit.sampling import Shot, borrowed, place, sample
 from dbkit.settings import configured_by
 
@@ -51,6 +53,7 @@ def preview(config: PreviewConfig) -> Preview:
     prompts = [*config.prompt, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
     if config.output.suffix.lower() != ".png":
         raise DbkitError(f"output is {config.output}; give the grid a name that ends in .png")
+    config.output.parent.mkdir(parents=True, exist_ok=True)
     facts = model_facts(config.model)
     if config.resolution:
         check_resolution(config.resolution, facts)
@@ -101,6 +104,8 @@ def make_preview(
     dtype: torch.dtype,
 ) -> Preview:
     """Sample models in memory; with several guidance scales all columns share the first seed."""
+    from tqdm import tqdm
+
     columns = (
         [(seeds[0], scale) for scale in guidance_scales]
         if len(guidance_scales) > 1
@@ -110,7 +115,8 @@ def make_preview(
     cells = [(row, seed, scale) for seed, scale in columns for row in range(len(prompts))]
     shots = [Shot(prompts[row], draws.generator(seed, "preview"), scale, negative_prompt) for row, seed, scale in cells]
     with borrowed(models, device):
-        pictures = list(sample(models, shots, side, steps, batch_size, dtype))
+        drawn = sample(models, shots, side, steps, batch_size, dtype)
+        pictures = list(tqdm(drawn, "preview", len(shots), file=sys.stdout, mininterval=1, leave=False))
     folder = output.with_suffix("")
     paths = [folder / _file_name(row, prompts[row], seed, scale) for row, seed, scale in cells]
     for path, picture in zip(paths, pictures):
@@ -122,7 +128,8 @@ def make_preview(
 
 
 def _file_name(row: int, prompt: str, seed: int, guidance_scale: float) -> str:
-    return f"{row + 1:02d}-{safe_name(prompt, 60)}-seed{seed}-guidance{guidance_scale:g}.png"
+    # 48 characters of four bytes each still fit into the 255 bytes that a name may have.
+    return f"{row + 1:02d}-{safe_name(prompt, 48)}-seed{seed}-guidance{guidance_scale:g}.png"
 
 
 def _save(path: Path, picture: Image.Image) -> None:

@@ -5,25 +5,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit.cache import Pool, draw_batch, encode_images, encode_prompts, tokenize
-from dbkit.checkpoint import Checkpoint, commit, find_fault, load_state, newest_valid, rotate, save_state, step_folder
+from dbkit.checkpoint import Checkpoint, commit, find_fault, load_state, rotate, save_state, step_folder
 from dbkit.class_images import generate_class_images
 from dbkit.config import ClassImagesConfig, TrainConfig
-from dbkit.dataset import Example, class_examples, instance_examples
-from dbkit.dataset import fingerprint as data_fingerprint
 from dbkit.errors import DbkitError
-from dbkit.files import move_aside, require_space, stop_requests
+from dbkit.examples import Example, class_examples, instance_examples
+from dbkit.files import move_aside, one_process, require_space, stop_requests
+from dbkit.images import list_images
+from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
 from dbkit.losses import add_noise, noise_target, per_sample_mse, prior_preservation_loss
-from dbkit.models import Models, check_resolution, choose_device, choose_dtype, load_models, model_facts, save_models
-from dbkit.models import fingerprint as model_fingerprint
-from dbkit.optimizers import learning_rates, make_optimizer, make_scaler, probe_8bit_adam
+from dbkit.models import Models, check_resolution, load_models, model_facts, save_models
+from dbkit.optimizers import (
+    learning_rates,
+    make_optimizer,
+    make_scaler,
+    out_of_memory_is_a_sentence,
+    probe_8bit_adam,
+)
 from dbkit.preview import make_preview, read_prompts
+from dbkit.resume import check_same_run, identity_of, newest_state
 from dbkit.sampling import autocast
-from dbkit.settings import configured_by, plain
+from dbkit.settings import configured_by, replace
 from dbkit.workspace import default_folder
 
 if TYPE_CHECKING:
@@ -37,71 +45,62 @@ def train(config: TrainConfig) -> Path:
     Continues from the newest valid state in output_dir if there is one. Returns the folder of the finished model, in
     diffusers layout. Interrupted, it commits its state and raises KeyboardInterrupt; called again, it goes on.
     """
-    run = config.output_dir or default_folder() / "runs" / (
-        "dreambooth" if config.with_prior_preservation else "native"
-    )
+    method = "dreambooth" if config.with_prior_preservation else "native"
+    run = (config.output_dir or default_folder() / "runs" / method).absolute()
+    with one_process(run):
+        return _train(config, run)
 
-    # 1. Data and settings: what can be wrong is found here, before a model is loaded.
-    check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
+
+def _train(config: TrainConfig, run: Path) -> Path:
+    # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    if config.use_8bit_adam:
-        probe_8bit_adam(device)
-    instance = instance_examples(config)
-    previews = _preview_prompts(config, instance)
-    total = _total_steps(config, len(instance))
-    if config.start_over and run.exists():
-        print(f"the earlier run is moved to {move_aside(run)}")
-    saved = _newest_state(run)
-    class_set = _class_examples(config)
-    identity = _identity(config, instance, class_set)
-    done = _check_same_run(saved, identity, run)
-    if done >= total and find_fault(run / "model") is None:
-        print(f"{done} of {total} steps are done; raise max_train_steps to train further: {run / 'model'}")
+    plan = _make_plan(config, run, device)
+    if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
+        print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
         return run / "model"
-    config.save(run / "settings.yaml")
+    # A run that was stopped beyond a total that is lower now only lacks its finished model.
+    done, total = plan.done, max(plan.total, plan.done)
+    # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
+    replace(config, start_over=False).save(run / "settings.yaml")
 
-    # 2. Model: what is trained is fp32 (the optimizer needs it), the rest is frozen.
+    # 2. Model: what is trained is fp32, for the optimizer needs it; the rest is frozen.
     models = load_models(config.pretrained_model_name_or_path, config.revision, config.tokenizer_name)
     check_resolution(config.resolution, models.facts)
-    trained = {"unet": models.unet, "text_encoder": models.text_encoder}
-    if not config.train_text_encoder:
-        del trained["text_encoder"]
-    for module in trained.values():
-        module.requires_grad_(True).train().to(device)
-        if config.gradient_checkpointing:
-            _checkpoint_gradients(module)
+    trained = _trained_parts(config, models, device)
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
     _require_run_space(run, config, models, parameters)
     optimizer = make_optimizer(config, parameters, device)
     scaler = make_scaler(device, dtype)
     learning_rate = learning_rates(config, total)
-    if saved:
-        states = load_state(saved, trained)
+    if plan.saved:
+        states = load_state(plan.saved, trained)
         optimizer.load_state_dict(states["optimizer"])
-        scaler.load_state_dict(states["scaler"])
+        if states["scaler"]:  # empty when the session before did not run in fp16
+            scaler.load_state_dict(states["scaler"])
+        del states  # as large as the model three times over
     assert all(parameter.dtype.itemsize == 4 for parameter in parameters)
 
     # 3. Cache: images and frozen text are encoded once; the VAE and a frozen text encoder then leave the device.
-    pools = _make_pools(config, models, instance, class_set, device)
-    step_of = functools.partial(train_step, models, pools, optimizer, scaler, config, dtype)
-    commit_of = functools.partial(_commit, run, models, trained, optimizer, scaler, identity, config)
-    preview_of = functools.partial(_preview, run, models, previews, config, device, dtype)
-    _say_plan(config, models, instance, class_set, done, total, device, dtype)
+    pools = _make_pools(config, models, plan, device)
+    commit_of = functools.partial(_commit, run, config, plan.identity, models, trained, optimizer, scaler)
+    preview_of = functools.partial(_preview, run, config, plan.previews, models, device, dtype)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
     if done == 0:
         preview_of(0)
     before = _weight_norms(parameters)
     log = Log(run, done, total, config.log_interval)
-    with stop_requests() as stop:
+    with stop_requests() as stop, out_of_memory_is_a_sentence():
         for step in range(done + 1, total + 1):
-            losses, grad_norm = step_of(step, learning_rate(step - 1))
-            log.add(step, losses, grad_norm, learning_rate(step - 1))
-            if stop.is_set():
+            rate = learning_rate(step - 1)
+            losses, grad_norm = train_step(models, pools, optimizer, scaler, config, dtype, step, rate)
+            log.add(step, losses, grad_norm, rate)
+            if stop.made:
+                print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
                 commit_of(step)
                 raise KeyboardInterrupt(
-                    f"stopped at step {step} of {total}; the state is saved, train again to continue"
+                    f"stopped after step {step} of {total}; its state is saved, train again to go on"
                 )
             if step < total and config.save_model_every_n_steps and step % config.save_model_every_n_steps == 0:
                 commit_of(step)
@@ -113,7 +112,7 @@ def train(config: TrainConfig) -> Path:
         raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
-    print(f"{total} of {total} steps are done: {model}\nto see what was learnt, write: {previews[0]}")
+    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {plan.previews[0]}")
     return model
 
 
@@ -160,6 +159,43 @@ def train_step(
     return losses, grad_norm
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a run will do, found out without loading a model: its data, its steps, and where it goes on from."""
+
+    instance: list[Example]
+    class_set: list[Example]
+    previews: list[str]
+    total: int
+    done: int
+    saved: Checkpoint | None
+    identity: dict[str, Any]
+
+
+def _make_plan(config: TrainConfig, run: Path, device: torch.device) -> _Plan:
+    """Check model folder, images and captions, say what was found, and generate class images where they are missing."""
+    check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
+    if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
+        raise DbkitError(f"output_dir {run} is a folder of pictures and no run; choose another output_dir")
+    if config.use_8bit_adam:
+        probe_8bit_adam(device)
+    instance = instance_examples(config)
+    previews = _preview_prompts(config, instance)
+    total = _total_steps(config, len(instance))
+    if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
+        print(f"the earlier run is moved to {move_aside(run)}")
+    saved = newest_state(run)
+    seen = total * config.train_batch_size * config.gradient_accumulation_steps / len(instance)
+    print(f"{len(instance)} instance images; the first one's prompt: {instance[0].prompt}")
+    print(f"{total} steps, in which each instance image is seen {seen:.3g} times on average")
+    class_set = _class_examples(config)
+    identity = identity_of(config, instance, class_set)
+    done = check_same_run(saved, identity, run)
+    if 0 < done < total:
+        print(f"continuing after step {done}")
+    return _Plan(instance, class_set, previews, total, done, saved, identity)
+
+
 def _total_steps(config: TrainConfig, images: int) -> int:
     """max_train_steps, or enough optimizer steps to show every instance image num_train_epochs times."""
     per_step = config.train_batch_size * config.gradient_accumulation_steps
@@ -180,7 +216,7 @@ def _class_examples(config: TrainConfig) -> list[Example]:
     }
     made = generate_class_images(ClassImagesConfig(**{name: getattr(config, name) for name in shared}))
     print(made)
-    return class_examples(config, made.folder)
+    return class_examples(config, made.paths)
 
 
 def _preview_prompts(config: TrainConfig, instance: list[Example]) -> list[str]:
@@ -192,51 +228,18 @@ def _preview_prompts(config: TrainConfig, instance: list[Example]) -> list[str]:
     return [instance[0].prompt, *([config.class_prompt] if config.with_prior_preservation else [])]
 
 
-def _identity(config: TrainConfig, instance: list[Example], class_set: list[Example]) -> dict[str, Any]:
-    """What a run's state belongs to. The model and the data count by what they hold, not by where they lie."""
-    fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
-    return {
-        "settings": {name: value for name, value in plain(config).items() if name in fixed},
-        "pretrained_model_name_or_path": model_fingerprint(config.pretrained_model_name_or_path, config.revision),
-        "instance images or captions": data_fingerprint(instance),
-        "class images": data_fingerprint(class_set),
-    }
-
-
-def _newest_state(run: Path) -> Checkpoint | None:
-    saved, skipped = newest_valid(run / "resume")
-    for sentence in skipped:
-        print(sentence)
-    if skipped and not saved:
-        raise DbkitError(f"no saved state in {run / 'resume'} is whole; set start_over to begin again at step 0")
-    return saved
-
-
-def _check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path) -> int:
-    """The steps that are done. Raises DbkitError if the state is of other settings, another model or other data."""
-    if saved is None:
-        return 0
-    then, now = saved.facts, identity
-    changed = [
-        f"{name} was {then['settings'].get(name)!r} and is {value!r}"
-        for name, value in now["settings"].items()
-        if then["settings"].get(name) != value
-    ]
-    changed += [f"{name} differ" for name in now if name != "settings" and then.get(name) != now[name]]
-    if changed:
-        raise DbkitError(
-            f"{run} holds a run of {saved.step} steps that these settings do not continue: {', '.join(changed)}; "
-            "change that back, choose another output_dir, or set start_over"
-        )
-    return saved.step
-
-
-def _checkpoint_gradients(module: torch.nn.Module) -> None:
-    # diffusers and transformers name the same thing differently.
-    if hasattr(module, "enable_gradient_checkpointing"):
-        module.enable_gradient_checkpointing()
-    else:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+def _trained_parts(config: TrainConfig, models: Models, device: torch.device) -> dict[str, torch.nn.Module]:
+    """The parts that are trained, on the device and ready for it, by the name of their folder."""
+    trained = {"unet": models.unet}
+    if config.train_text_encoder:
+        trained["text_encoder"] = models.text_encoder
+    for module in trained.values():
+        module.requires_grad_(True).train().to(device)
+        if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+        elif config.gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+    return trained
 
 
 def _require_run_space(run: Path, config: TrainConfig, models: Models, parameters: list[torch.nn.Parameter]) -> None:
@@ -247,41 +250,54 @@ def _require_run_space(run: Path, config: TrainConfig, models: Models, parameter
     weights = sum(p.numel() for module in everything for p in module.parameters())
     usable = weights * (4 if config.save_precision == "fp32" else 2)
     kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
-    require_space(run, 2 * state + (kept + 1) * usable, "this run")
+    there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.exists() else 0
+    require_space(run, max(state, 2 * state + (kept + 1) * usable - there), "this run")
 
 
-def _make_pools(
-    config: TrainConfig, models: Models, instance: list[Example], class_set: list[Example], device: torch.device
-) -> list[Pool]:
+def _make_pools(config: TrainConfig, models: Models, plan: _Plan, device: torch.device) -> list[Pool]:
+    """Encode images, and prompts unless their encoder is trained; then free the device of what did it."""
     import torch
 
     models.noise_scheduler.alphas_cumprod = models.noise_scheduler.alphas_cumprod.to(device)
     models.vae.to(device)
     models.text_encoder.to(device)
-    distinct = list(dict.fromkeys(example.prompt for example in [*instance, *class_set]))
+    distinct = list(dict.fromkeys(example.prompt for example in [*plan.instance, *plan.class_set]))
+    row_of = {prompt: row for row, prompt in enumerate(distinct)}
+    _say_tokens(models, distinct)
     prompts = tokenize(models.tokenizer, distinct).to(device)
     if not config.train_text_encoder:
         with torch.no_grad():
             prompts = torch.cat([encode_prompts(models.text_encoder, row[None]) for row in prompts])
         models.text_encoder.to("cpu")
     pools = []
-    for role, examples in (("instance", instance), ("class", class_set)):
+    for role, examples in (("instance", plan.instance), ("class", plan.class_set)):
         if examples:
             latents = encode_images(models.vae, examples, config.resolution, device)
-            prompt_of = torch.tensor([distinct.index(example.prompt) for example in examples], device=device)
+            prompt_of = torch.tensor([row_of[example.prompt] for example in examples], device=device)
             pools.append(Pool(role, latents, prompts, prompt_of))
     models.vae.to("cpu")
     return pools
 
 
+def _say_tokens(models: Models, prompts: list[str]) -> None:
+    """Say how the model reads the first prompt, and which ones are longer than what it reads."""
+    with quiet():
+        lengths = [len(ids) for ids in models.tokenizer(prompts).input_ids]
+    most = min(models.tokenizer.model_max_length, 77)
+    print(f"the first prompt has {lengths[0] - 2} tokens; the model reads at most {most - 2}")
+    for prompt, length in zip(prompts, lengths):
+        if length > most:
+            print(f"cut after {most - 2} of {length - 2} tokens: {prompt}")
+
+
 def _commit(
     run: Path,
+    config: TrainConfig,
+    identity: dict[str, Any],
     models: Models,
     trained: dict[str, torch.nn.Module],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    identity: dict[str, Any],
-    config: TrainConfig,
     step: int,
     finished: bool = False,
 ) -> Path:
@@ -289,25 +305,27 @@ def _commit(
     for part, module in trained.items():
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise DbkitError(
-                f"the {part} has weights that are not numbers at step {step}; nothing was saved: lower "
-                "learning_rate and "
-                "train again, which continues from the last good state"
+                f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
+                "learning_rate and train again, which continues from the last good state"
             )
     others = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    commit(step_folder(run / "resume", step), step, lambda folder: save_state(folder, trained, others), identity)
-    rotate(run / "resume", keep=1)
+    state = step_folder(run / "resume", step)
+    # A whole state of this step is the one that was continued from: it stays, for there is no other one.
+    if find_fault(state, step=step):
+        commit(state, step, lambda folder: save_state(folder, trained, others), identity)
+    rotate(run / "resume", step, keep=1)
     target = run / "model" if finished else step_folder(run / "checkpoints", step)
     commit(target, step, lambda folder: save_models(models, folder, config.save_precision), identity)
-    if not finished:
-        rotate(run / "checkpoints", config.checkpoints_total_limit)
+    if (run / "checkpoints").exists():
+        rotate(run / "checkpoints", step, config.checkpoints_total_limit)
     return target
 
 
 def _preview(
     run: Path,
-    models: Models,
-    prompts: list[str],
     config: TrainConfig,
+    prompts: list[str],
+    models: Models,
     device: torch.device,
     dtype: torch.dtype,
     step: int,
@@ -333,6 +351,8 @@ def _preview(
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         print(f"no preview at step {step}: too little GPU memory; set sample_batch_size to 1 or auto_test_model off")
+    except DbkitError as error:
+        print(f"no preview at step {step}: {error}")
 
 
 def _weight_norms(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -340,18 +360,3 @@ def _weight_norms(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
     import torch
 
     return torch.stack([parameter.detach().norm() for parameter in parameters])
-
-
-def _say_plan(config, models, instance, class_set, done, total, device, dtype) -> None:
-    """Say what will be trained on what, with the prompts as the model will see them and the arithmetic of the steps."""
-    ids = models.tokenizer([instance[0].prompt]).input_ids[0]
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
-    print(f"{'DreamBooth' if class_set else 'native training'} on {device.type}, {str(dtype).removeprefix('torch.')}")
-    print(f"{len(instance)} instance images; the first one's prompt: {instance[0].prompt} ({len(ids) - 2} tokens)")
-    if class_set:
-        print(f"{len(class_set)} class images; their prompt: {config.class_prompt}")
-    print(
-        f"{total} steps of {per_step}: each instance image is seen about {total * per_step / len(instance):.0f} times"
-    )
-    if done:
-        print(f"continuing after step {done}")

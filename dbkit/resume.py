@@ -1,0 +1,59 @@
+"""What a saved state belongs to, and whether a run may go on from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from dbkit import models
+from dbkit.checkpoint import Checkpoint, newest_valid
+from dbkit.config import TrainConfig
+from dbkit.errors import DbkitError
+from dbkit.examples import Example, fingerprint
+from dbkit.settings import plain
+
+
+def identity_of(config: TrainConfig, instance: list[Example], class_set: list[Example]) -> dict[str, Any]:
+    """What a run's state belongs to. The model and the data count by what they hold, not by where they lie."""
+    fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
+    return {
+        "settings": {name: value for name, value in plain(config).items() if name in fixed},
+        "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
+        "instance images or captions": fingerprint(instance),
+        "class images": fingerprint(class_set),
+    }
+
+
+def newest_state(run: Path) -> Checkpoint | None:
+    """The newest valid state of a run, or None; those that are skipped are said."""
+    saved, skipped = newest_valid(run / "resume")
+    for sentence in skipped:
+        print(sentence)
+    if skipped and not saved:
+        raise DbkitError(f"no saved state in {run / 'resume'} is whole; set start_over to begin again at step 0")
+    if saved is None and (run / "model").exists():
+        raise DbkitError(
+            f"{run} holds a finished model and no state to go on from; choose another output_dir, or set start_over, "
+            "which moves it aside"
+        )
+    return saved
+
+
+def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path) -> int:
+    """The steps that are done. Raises DbkitError if the state is of other settings, another model or other data."""
+    if saved is None:
+        return 0
+    then, now = saved.facts, identity
+    changed = [
+        f"{name} was {then['settings'].get(name)!r} and is {value!r}"
+        for name, value in now["settings"].items()
+        if then["settings"].get(name) != value
+    ]
+    changed += [f"{name} differ" for name in now if name != "settings" and then.get(name) != now[name]]
+    if changed:
+        raise DbkitError(
+            f"{run} holds a run of {saved.step} steps that these settings do not continue: {', '.join(changed)}; "
+            "change that back, choose another output_dir, or set start_over"
+        )
+    return saved.step

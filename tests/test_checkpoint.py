@@ -1,0 +1,257 @@
+"""A checkpoint is whole or not there: torn, damaged and half-written ones are skipped and named, good ones are kept."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dbkit import DbkitError
+from dbkit.checkpoint import (
+    MANIFEST,
+    commit,
+    find_fault,
+    load_state,
+    newest_valid,
+    rotate,
+    save_state,
+    step_folder,
+)
+from dbkit.models import load_models, state_dict
+
+
+def write_two(folder):
+    (folder / "unet").mkdir()
+    (folder / "unet" / "weights").write_bytes(b"w" * 5000)
+    (folder / "state").write_bytes(b"s" * 300)
+
+
+def commit_step(parent, step, write=write_two):
+    return commit(step_folder(parent, step), step, write, {"seed": 0})
+
+
+def names(parent):
+    return sorted(path.name for path in parent.iterdir())
+
+
+def flip(path, position=0):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_committed_checkpoint_is_found_with_its_facts(tmp_path):
+    made = commit_step(tmp_path, 40)
+    assert made.folder == tmp_path / "step_000040"
+    found, skipped = newest_valid(tmp_path)
+    assert found == made
+    assert (found.step, found.facts, skipped) == (40, {"seed": 0}, [])
+
+
+def test_the_manifest_lists_every_file_with_its_size_and_hash(tmp_path):
+    folder = commit_step(tmp_path, 1).folder
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    assert {name: entry["size"] for name, entry in listed.items()} == {"unet/weights": 5000, "state": 300}
+    digest = subprocess.run(["sha256sum", folder / "state"], capture_output=True, text=True, check=False)
+    if digest.returncode:
+        pytest.skip("sha256sum is not on this machine")
+    assert listed["state"]["sha256"] == digest.stdout.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda folder: flip(folder / "unet" / "weights", 4999), "unet/weights has changed or is damaged"),
+        (lambda folder: (folder / "state").write_bytes(b"s" * 299), "state has changed or is damaged"),
+        (lambda folder: (folder / "state").unlink(), "state is missing"),
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no readable manifest, so it was never finished"),
+        (lambda folder: (folder / MANIFEST).write_text('{"step": 8, "fa'), "it has no readable manifest"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), "it has no readable manifest"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), "it has no readable manifest"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_and_named_with_the_reason(tmp_path, damage, fault):
+    commit_step(tmp_path, 4)
+    damage(commit_step(tmp_path, 8).folder)
+    found, skipped = newest_valid(tmp_path)
+    assert found.step == 4
+    assert len(skipped) == 1
+    assert skipped[0].startswith(f"skipping {tmp_path / 'step_000008'}: {fault}")
+
+
+def test_nothing_is_found_where_nothing_is(tmp_path):
+    assert newest_valid(tmp_path / "resume") == (None, [])
+
+
+def test_the_newest_is_that_of_the_highest_step_beyond_a_million_too(tmp_path):
+    for step in (1_000_000, 999_999, 5):
+        commit_step(tmp_path, step)
+    assert newest_valid(tmp_path)[0].step == 1_000_000
+
+
+def test_a_checkpoint_of_another_step_is_told(tmp_path):
+    folder = commit_step(tmp_path, 4).folder
+    assert find_fault(folder, step=4) is None
+    assert find_fault(folder, step=5) == "it is of step 4"
+
+
+def test_half_written_folders_are_neither_found_nor_named_and_go_at_the_next_commit(tmp_path):
+    shutil.copytree(commit_step(tmp_path, 4).folder, tmp_path / "step_000009.partial")
+    found, skipped = newest_valid(tmp_path)
+    assert (found.step, skipped) == (4, [])
+    commit_step(tmp_path, 8)
+    rotate(tmp_path, 8, keep=2)
+    assert names(tmp_path) == ["step_000004", "step_000008"]
+
+
+def test_a_half_written_folder_is_no_part_of_the_next_commit(tmp_path):
+    (tmp_path / "step_000004.partial").mkdir(parents=True)
+    (tmp_path / "step_000004.partial" / "junk").touch()
+    assert not (commit_step(tmp_path, 4).folder / "junk").exists()
+
+
+def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
+    before = commit_step(tmp_path, 4)
+
+    def fail(folder):
+        write_two(folder)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        commit_step(tmp_path, 4, fail)
+    assert names(tmp_path) == ["step_000004"]
+    assert newest_valid(tmp_path)[0] == before
+
+
+def test_a_checkpoint_takes_the_place_of_an_earlier_one_of_its_name(tmp_path):
+    commit_step(tmp_path, 4)
+    commit_step(tmp_path, 4, lambda folder: (folder / "other").write_text("x"))
+    assert names(tmp_path / "step_000004") == [MANIFEST, "other"]
+
+
+@pytest.mark.parametrize("way", ["replaced", "rotated"])
+def test_a_file_that_someone_put_into_a_checkpoint_is_never_deleted(tmp_path, capsys, way):
+    folder = commit_step(tmp_path, 4).folder
+    (folder / "unet" / "notes.txt").write_text("precious")
+    if way == "replaced":
+        commit_step(tmp_path, 4)
+    else:
+        commit_step(tmp_path, 6)
+        rotate(tmp_path, 6, keep=1)
+    (kept,) = tmp_path.rglob("notes.txt")
+    assert kept.read_text() == "precious"
+    assert f"files that dbkit did not make are kept in {kept.parents[1]}" in capsys.readouterr().out
+    assert newest_valid(tmp_path)[1] == []
+    assert not (kept.parent / "weights").exists()
+
+
+def test_files_that_read_back_differently_are_refused(tmp_path):
+    def write_link(folder):
+        write_two(folder)
+        # Once the folder has its final name, the link leads nowhere.
+        (folder / "link").symlink_to(folder / "state")
+
+    with pytest.raises(DbkitError, match=r"step_000004 reads back wrong \(link is missing\); the disk may be failing"):
+        commit_step(tmp_path, 4, write_link)
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 6, 8):
+        commit_step(tmp_path, step)
+        rotate(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["step_000006", "step_000008"]
+
+
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path):
+    commit_step(tmp_path, 4)
+    flip(commit_step(tmp_path, 10).folder / "state")
+    commit_step(tmp_path, 6)
+    rotate(tmp_path, 6, keep=1)
+    assert newest_valid(tmp_path)[0].step == 6
+    assert not (tmp_path / "step_000004").exists()
+
+
+def test_torn_folders_do_not_count_and_go_once_they_are_old(tmp_path):
+    commit_step(tmp_path, 2)
+    (commit_step(tmp_path, 3).folder / MANIFEST).unlink()
+    commit_step(tmp_path, 4)
+    rotate(tmp_path, 4, keep=2)
+    assert names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
+    rotate(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step_000004"]
+
+
+def test_a_copy_that_someone_made_is_neither_used_nor_removed(tmp_path):
+    for copy in ("step_000002 (copy)", "step_000009-mine"):
+        shutil.copytree(commit_step(tmp_path, 2).folder, tmp_path / copy)
+    commit_step(tmp_path, 4)
+    assert newest_valid(tmp_path)[0].folder == tmp_path / "step_000004"
+    rotate(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step_000002 (copy)", "step_000004", "step_000009-mine"]
+
+
+def test_a_saved_state_comes_back_bit_for_bit(model, tmp_path):
+    models, other = load_models(model), load_models(model)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in [*models.unet.parameters(), *models.text_encoder.parameters()]:
+            parameter.copy_(torch.randn(parameter.shape, generator=random))
+    moments = {"state": {0: {"exp_avg": torch.randn(5, generator=random), "step": torch.tensor(3.0)}}}
+    modules = {"unet": models.unet, "text_encoder": models.text_encoder}
+    made = commit_step(tmp_path, 3, lambda folder: save_state(folder, modules, {"optimizer": moments, "scaler": {}}))
+    states = load_state(made, {"unet": other.unet, "text_encoder": other.text_encoder})
+    for part in modules:
+        saved, loaded = (state_dict(getattr(m, part), part) for m in (models, other))
+        assert all(torch.equal(saved[name], loaded[name]) for name in saved)
+    assert torch.equal(states["optimizer"]["state"][0]["exp_avg"], moments["state"][0]["exp_avg"])
+    assert states["scaler"] == {}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("only root on Linux can mount a small file system")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("large", ["weights", "optimizer"])
+def test_a_full_disk_is_said_and_the_old_checkpoint_stays(small_disk, large):
+    before = commit_step(small_disk, 4)
+    weights = torch.nn.Linear(1000, 1000 if large == "weights" else 1)
+    moments = {"exp_avg": torch.zeros(1_000_000 if large == "optimizer" else 1)}
+    with pytest.raises(DbkitError, match=r"the disk of .* is full \(.+ free\); free some space there, then run"):
+        commit_step(small_disk, 8, lambda folder: save_state(folder, {"unet": weights}, {"optimizer": moments}))
+    assert names(small_disk) == ["step_000004"]
+    assert newest_valid(small_disk) == (before, [])
+
+
+def test_other_errors_of_torch_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises((AttributeError, TypeError, RuntimeError), match=r"pickle|lambda"):
+        commit_step(tmp_path, 4, lambda folder: save_state(folder, {}, {"optimizer": {"code": lambda: 0}}))
+    assert names(tmp_path) == []
+
+
+def test_a_file_that_someone_put_into_a_checkpoint_outlives_it(tmp_path, capsys):
+    def write(folder):
+        (folder / "weights").write_text("1", encoding="utf-8")
+
+    commit(tmp_path / "model", 1, write, {})
+    (tmp_path / "model" / "notes.txt").write_text("mine", encoding="utf-8")
+    commit(tmp_path / "model", 2, write, {})
+    assert find_fault(tmp_path / "model", step=2) is None
+    kept = list(tmp_path.glob("*/notes.txt"))
+    assert len(kept) == 1 and str(kept[0].parent) in capsys.readouterr().out

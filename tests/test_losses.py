@@ -1,0 +1,94 @@
+"""The losses equal diffusers' own scheduler and a mean written out sample by sample."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from dbkit import DbkitError
+from dbkit.families import sd1_scheduler
+from dbkit.losses import add_noise, noise_target, per_sample_mse, prior_preservation_loss
+
+TIMESTEPS = torch.tensor([0, 1, 437, 998, 999])
+
+
+def noise_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
+    """diffusers' scheduler with the noise schedule of Stable Diffusion 1."""
+    return DDPMScheduler.from_config({**sd1_scheduler(), "prediction_type": prediction_type})
+
+
+def draw(*names: str) -> list[torch.Tensor]:
+    """A tensor of latents for each name, the same at every call."""
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(len(TIMESTEPS), 4, 8, 8, generator=random) for _ in names]
+
+
+def test_noisy_latents_equal_those_of_diffusers():
+    latents, noise = draw("latents", "noise")
+    scheduler = noise_scheduler()
+    expected = torch.cat(
+        [scheduler.add_noise(latents[n : n + 1], noise[n : n + 1], TIMESTEPS[n : n + 1]) for n in range(len(TIMESTEPS))]
+    )
+    torch.testing.assert_close(add_noise(latents, noise, TIMESTEPS, scheduler.alphas_cumprod), expected)
+
+
+def test_v_prediction_target_equals_that_of_diffusers():
+    latents, noise = draw("latents", "noise")
+    scheduler = noise_scheduler("v_prediction")
+    expected = torch.cat(
+        [
+            scheduler.get_velocity(latents[n : n + 1], noise[n : n + 1], TIMESTEPS[n : n + 1])
+            for n in range(len(TIMESTEPS))
+        ]
+    )
+    target = noise_target("v_prediction", latents, noise, TIMESTEPS, scheduler.alphas_cumprod)
+    torch.testing.assert_close(target, expected)
+
+
+def test_epsilon_target_is_the_noise():
+    latents, noise = draw("latents", "noise")
+    target = noise_target("epsilon", latents, noise, TIMESTEPS, noise_scheduler().alphas_cumprod)
+    assert torch.equal(target, noise)
+
+
+def test_v_and_noisy_latents_give_back_the_latents():
+    latents, noise = draw("latents", "noise")
+    alphas_cumprod = noise_scheduler().alphas_cumprod
+    noisy = add_noise(latents, noise, TIMESTEPS, alphas_cumprod)
+    target = noise_target("v_prediction", latents, noise, TIMESTEPS, alphas_cumprod)
+    alpha_bar = alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
+    torch.testing.assert_close(alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * target, latents)
+
+
+def test_other_prediction_types_are_refused():
+    latents, noise = draw("latents", "noise")
+    with pytest.raises(DbkitError, match="predicts 'sample'; dbkit trains models that predict epsilon or v_prediction"):
+        noise_target("sample", latents, noise, TIMESTEPS, noise_scheduler().alphas_cumprod)
+
+
+def test_error_of_each_sample_is_its_own_mean_square():
+    model_pred, target = draw("model_pred", "target")
+    found = per_sample_mse(model_pred, target)
+    for number in range(len(TIMESTEPS)):
+        values = (model_pred[number] - target[number]).flatten().tolist()
+        assert found[number].item() == pytest.approx(sum(value * value for value in values) / len(values), rel=1e-5)
+
+
+def test_error_of_bf16_predictions_is_computed_in_fp32():
+    model_pred, target = draw("model_pred", "target")
+    found = per_sample_mse(model_pred.bfloat16(), target)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, per_sample_mse(model_pred.bfloat16().float(), target))
+
+
+@pytest.mark.parametrize("prior_loss_weight", [0.0, 0.3, 1.0])
+def test_prior_preservation_adds_the_weighted_mean_of_the_class_samples(prior_loss_weight):
+    losses = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0])
+    loss, instance_loss, class_loss = prior_preservation_loss(losses, 3, prior_loss_weight)
+    assert instance_loss.item() == pytest.approx((1 + 2 + 6) / 3)
+    assert class_loss.item() == pytest.approx((10 + 20) / 2)
+    assert loss.item() == pytest.approx((1 + 2 + 6) / 3 + prior_loss_weight * (10 + 20) / 2)
+
+
+def test_without_class_samples_the_loss_is_that_of_the_instances():
+    loss, instance_loss, class_loss = prior_preservation_loss(torch.tensor([1.0, 3.0]), 2, 0.3)
+    assert (loss.item(), instance_loss.item(), class_loss.item()) == (2.0, 2.0, 0.0)

@@ -1,0 +1,850 @@
+"""Training computes the loss it should, survives every kind of stop, and refuses what it cannot continue."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import draw_photo
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageOps
+from safetensors.torch import load_file, save_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from dbkit import DbkitError, TrainConfig, draws, train
+from dbkit.checkpoint import find_fault
+from dbkit.models import WEIGHTS, load_models, read_weights
+
+
+@pytest.fixture
+def prior(tmp_path) -> dict:
+    """Settings of prior preservation with two class images, so that none have to be generated."""
+    for colour in ("navy", "olive"):
+        draw_photo(tmp_path / "class" / f"{colour}.png", colour=colour)
+    return {
+        "with_prior_preservation": True,
+        "class_prompt": "photo of a thing",
+        "class_data_dir": tmp_path / "class",
+        "num_class_images": 2,
+    }
+
+
+@contextlib.contextmanager
+def at_unet_pass(number: int, action):
+    """Call action() when the U-Net begins its number-th pass in training mode."""
+    passes = 0
+
+    def count(module, inputs):
+        nonlocal passes
+        if isinstance(module, UNet2DConditionModel) and module.training:
+            passes += 1
+            if passes == number:
+                action()
+
+    handle = register_module_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stop_in_pass(config: TrainConfig, number: int, step: int, **changes) -> None:
+    """Train and press Ctrl-C during the number-th pass of the U-Net, which belongs to the given step."""
+    with (
+        at_unet_pass(number, lambda: os.kill(os.getpid(), signal.SIGINT)),
+        pytest.raises(
+            KeyboardInterrupt, match=rf"stopped after step {step} of \d+; its state is saved, train again to"
+        ),
+    ):
+        train(config, **changes)
+
+
+def log_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def flat(value, name="") -> dict:
+    """A nested state as one dictionary of its leaves."""
+    if isinstance(value, dict):
+        return {key: leaf for inner in value for key, leaf in flat(value[inner], f"{name}/{inner}").items()}
+    if isinstance(value, (list, tuple)):
+        return {key: leaf for n, item in enumerate(value) for key, leaf in flat(item, f"{name}/{n}").items()}
+    return {name: value}
+
+
+def state_of(run: Path) -> dict:
+    """Everything that the one saved state of a run holds."""
+    (folder,) = (run / "resume").iterdir()
+    state = {"step": folder.name}
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".safetensors":
+            state |= flat(load_file(path), path.stem)
+        elif path.suffix == ".pt":
+            state |= flat(torch.load(path, weights_only=True), path.stem)
+    return state
+
+
+def assert_equal(one: dict, two: dict):
+    assert one.keys() == two.keys()
+    for name in one:
+        same = torch.equal(one[name], two[name]) if isinstance(one[name], torch.Tensor) else one[name] == two[name]
+        assert same, name
+
+
+def assert_same_run(one: Path, two: Path):
+    """Weights, optimizer and model are the same bit for bit, and so is what was logged."""
+    assert_equal(state_of(one), state_of(two))
+    for part in WEIGHTS:
+        assert_equal(read_weights(one / "model", part), read_weights(two / "model", part))
+    first, second = ({line["step"]: line["loss"] for line in log_of(run)} for run in (one, two))
+    assert first == second
+    for run in (one, two):
+        steps = [line["step"] for line in log_of(run)]
+        assert steps == sorted(set(steps))
+        assert all(math.isfinite(line["loss"]) for line in log_of(run))
+
+
+# The loss.
+
+
+def reference_losses(config: TrainConfig, prompts: dict[str, str], step: int = 1) -> list[float]:
+    """Loss, instance loss and class loss of one step, one sample at a time, by diffusers' own scheduler."""
+    folder = config.pretrained_model_name_or_path
+    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+
+    @torch.no_grad()
+    def sample_loss(role: str, images: Path, sample: int) -> float:
+        paths = sorted(images.glob("*.png"))
+        order = (step - 1) * config.train_batch_size + sample
+        path = paths[draws.index(config.seed, f"{role} order", len(paths), order)]
+        random = draws.generator(config.seed, role, step, sample)
+        timestep = torch.tensor([int(random.integers(1000))])
+        noise, latent_noise = torch.from_numpy(random.standard_normal((2, 1, 4, 8, 8), dtype=np.float32))
+        image = ImageOps.fit(Image.open(path), (64, 64), Image.Resampling.LANCZOS)
+        posterior = vae.encode(torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
+        latents = (posterior.mean + posterior.std * latent_noise) * vae.config.scaling_factor
+        if scheduler.config.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(latents, noise, timestep)
+        else:
+            target = noise
+        ids = tokenizer(prompts[path.name], padding="max_length", max_length=77, return_tensors="pt").input_ids
+        states = text_encoder(ids).last_hidden_state
+        model_pred = unet(scheduler.add_noise(latents, noise, timestep), timestep, states).sample
+        return float(((model_pred - target) ** 2).mean())
+
+    def mean_loss(role: str, images: Path) -> float:
+        return sum(sample_loss(role, images, n) for n in range(config.train_batch_size)) / config.train_batch_size
+
+    instance_loss = mean_loss("instance", config.instance_data_dir)
+    class_loss = mean_loss("class", config.class_data_dir) if config.with_prior_preservation else 0.0
+    return [instance_loss + config.prior_loss_weight * class_loss, instance_loss, class_loss]
+
+
+def first_losses(config: TrainConfig) -> list[float]:
+    line = log_of(train(config, max_train_steps=1).parent)[0]
+    return [line["loss"], line["instance_loss"], line["class_loss"]]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("with_prior", [False, True], ids=["alone", "with prior"])
+@pytest.mark.parametrize("kind", ["model", "v_model"], ids=["epsilon", "v_prediction"])
+def test_the_loss_equals_a_slow_reference(request, settings, prior, kind, with_prior, batch):
+    extra = {**prior, "prior_loss_weight": 0.3} if with_prior else {}
+    model = str(request.getfixturevalue(kind))
+    config = TrainConfig(
+        **{**settings, **extra, "pretrained_model_name_or_path": model, "train_batch_size": batch, "seed": 7}
+    )
+    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
+    prompts |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
+    expected = reference_losses(config, prompts)
+    assert first_losses(config) == pytest.approx(expected, rel=1e-4)
+    assert (expected[2] > 0) == with_prior
+
+
+@pytest.mark.parametrize(
+    ("label", "prompts"),
+    [
+        ("use_txt_as_label", {name: f"a {name} thing" for name in ("crimson", "gold", "teal")}),
+        ("use_filename_as_label", {name: name for name in ("crimson", "gold", "teal")}),
+    ],
+)
+def test_native_training_takes_the_prompt_of_each_image(settings, label, prompts):
+    config = TrainConfig(**{**settings, "instance_prompt": None, label: True, "train_batch_size": 3})
+    expected = reference_losses(config, {f"{name}.png": prompt for name, prompt in prompts.items()})
+    assert first_losses(config) == pytest.approx(expected, rel=1e-4)
+    one_prompt = reference_losses(config, dict.fromkeys((f"{name}.png" for name in prompts), "photo of zwx thing"))
+    assert expected != pytest.approx(one_prompt, rel=1e-4)
+
+
+def test_the_loss_of_a_later_step_is_that_of_its_own_draws(settings):
+    # With a learning rate of nearly nothing the weights of step 2 are those of step 1.
+    config = TrainConfig(**{**settings, "learning_rate": 1e-30, "log_interval": 1})
+    with pytest.raises(DbkitError, match="2 steps changed no weight; raise learning_rate"):
+        train(config)
+    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
+    losses = [line["loss"] for line in log_of(config.output_dir)]
+    assert losses == pytest.approx([reference_losses(config, prompts, step)[0] for step in (1, 2)], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+# Stop and go on.
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"with prior": True}, {"train_text_encoder": True}, {"gradient_accumulation_steps": 2}],
+    ids=["plain", "prior", "text encoder", "accumulation"],
+)
+def test_resumed_run_equals_straight_run(settings, prior, tmp_path, extra):
+    extra = dict(extra)
+    if extra.pop("with prior", False):
+        extra |= prior
+    config = TrainConfig(**{**settings, **extra, "learning_rate": 1e-3, "log_interval": 2})
+    straight, once, twice = (tmp_path / name for name in ("straight", "once", "twice"))
+    train(config, output_dir=straight, max_train_steps=10)
+    train(config, output_dir=once, max_train_steps=4)
+    shutil.copytree(once, twice)
+    train(config, output_dir=once, max_train_steps=10)
+    train(config, output_dir=twice, max_train_steps=7)
+    train(config, output_dir=twice, max_train_steps=10)
+    assert_equal(state_of(straight), state_of(once))
+    assert_equal(state_of(straight), state_of(twice))
+    for run in (once, twice):
+        for part in WEIGHTS:
+            assert_equal(read_weights(straight / "model", part), read_weights(run / "model", part))
+        steps = [line["step"] for line in log_of(run)]
+        assert steps == sorted(set(steps))
+        assert all(math.isfinite(line["loss"]) for line in log_of(run))
+
+
+def test_a_run_stopped_by_ctrl_c_equals_a_straight_run(settings, tmp_path):
+    config = TrainConfig(
+        **{**settings, "max_train_steps": 10, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "learning_rate": 1e-3}
+    )
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(config, output_dir=straight, log_interval=1)
+    rates = [line["learning_rate"] for line in log_of(straight)]
+    assert rates[0] == 0 and rates[2] == max(rates) and rates[-1] < rates[5] < rates[2]
+    stop_in_pass(config, 4, step=4, output_dir=stopped, log_interval=1)
+    assert find_fault(stopped / "checkpoints" / "step_000004", step=4) is None
+    assert not (stopped / "model").exists()
+    stop_in_pass(config, 3, step=7, output_dir=stopped, log_interval=1)
+    train(config, output_dir=stopped, log_interval=1)
+    assert_same_run(straight, stopped)
+
+
+def test_ctrl_c_before_the_update_of_an_accumulated_step_finishes_that_step(settings, tmp_path):
+    config = TrainConfig(**{**settings, "max_train_steps": 3, "gradient_accumulation_steps": 3, "log_interval": 1})
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    train(config, output_dir=straight)
+    stop_in_pass(config, 4, step=2, output_dir=stopped)
+    train(config, output_dir=stopped)
+    assert_same_run(straight, stopped)
+
+
+KILLED = """
+import json, os, signal, sys
+import torch
+import dbkit
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+settings, event, place, threads = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+seen = 0
+
+def kill(found, values):
+    if found == event and any(place in os.fspath(v) for v in values if isinstance(v, (str, os.PathLike))):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def count(module, inputs):
+    global seen
+    seen += type(module).__name__ == "UNet2DConditionModel" and module.training
+    if event == "pass" and seen == int(place):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(kill)
+register_module_forward_pre_hook(count)
+dbkit.train(**settings)
+"""
+
+
+def test_a_run_killed_at_every_stage_equals_a_straight_run(settings, tmp_path):
+    config = {**settings, "max_train_steps": 6, "save_model_every_n_steps": 2, "log_interval": 1}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(TrainConfig(**config), output_dir=straight)
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in config.items()}
+    plain["output_dir"] = str(killed)
+    for event, place, left in (
+        ("pass", "2", []),
+        # While the second state is written, and while the first one goes because the second is there.
+        ("os.rename", f"resume{os.sep}step_000004.partial", ["step_000002", "step_000004.partial"]),
+        ("shutil.rmtree", f"resume{os.sep}step_000002", ["step_000002", "step_000004"]),
+        # While the finished model is written.
+        ("os.rename", "model.partial", ["step_000006"]),
+    ):
+        arguments = [sys.executable, "-c", KILLED, json.dumps([plain, event, place, torch.get_num_threads()])]
+        ended = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+        resume = killed / "resume"
+        assert sorted(path.name for path in resume.iterdir()) == left if left else not resume.exists()
+    assert not (killed / "model").exists()
+    assert train(TrainConfig(**config), output_dir=killed) == killed / "model"
+    assert_same_run(straight, killed)
+    assert [path.name for path in (killed / "resume").iterdir()] == ["step_000006"]
+
+
+def test_previews_do_not_change_the_training(settings, tmp_path):
+    config = TrainConfig(
+        **{**settings, "max_train_steps": 4, "save_model_every_n_steps": 2, "train_text_encoder": True}
+    )
+    with_previews, without = tmp_path / "with", tmp_path / "without"
+    train(config, output_dir=with_previews, resolution=32, auto_test_model=True)
+    train(config, output_dir=without, resolution=32, auto_test_model=False)
+    assert_same_run(with_previews, without)
+    assert sorted(path.name for path in (with_previews / "previews").glob("*.png")) == [
+        f"step_{step:06d}.png" for step in (0, 2, 4)
+    ]
+    assert not (without / "previews").exists()
+
+
+def test_accumulated_batches_equal_one_large_batch(settings, prior, tmp_path):
+    config = TrainConfig(**{**settings, **prior, "max_train_steps": 3, "log_interval": 1, "adam_epsilon": 1e-3})
+    batch, accumulated = tmp_path / "batch", tmp_path / "accumulated"
+    train(config, output_dir=batch, train_batch_size=4)
+    train(config, output_dir=accumulated, train_batch_size=2, gradient_accumulation_steps=2)
+    for one, two in zip(log_of(batch), log_of(accumulated)):
+        for name in ("loss", "instance_loss", "class_loss", "grad_norm"):
+            assert one[name] == pytest.approx(two[name], rel=1e-4)
+    base = load_models(config.pretrained_model_name_or_path).unet.state_dict()
+    one, two = (read_weights(run / "model", "unet") for run in (batch, accumulated))
+    moved = sum(float((one[name] - base[name]).square().sum()) for name in one) ** 0.5
+    apart = sum(float((one[name] - two[name]).square().sum()) for name in one) ** 0.5
+    assert apart < 1e-3 * moved
+
+
+# What a finished, damaged or other run does.
+
+
+def flip_a_byte(path: Path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    # In a new file, since tensors that were read from the old one still lie in it.
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_a_finished_run_is_not_trained_again(config, capsys):
+    model = train(config)
+    before = {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")}
+    capsys.readouterr()
+    assert train(config) == model == config.output_dir / "model"
+    assert "\n2 steps are done already; to train further, raise max_train_steps above that\n" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")} == before
+    assert train(config, max_train_steps=1) == model
+
+
+def test_a_damaged_finished_model_is_written_again_from_the_state(config):
+    model = train(config)
+    weights = read_weights(model, "unet")
+    state = config.output_dir / "resume" / "step_000002"
+    written = {path: path.stat().st_mtime_ns for path in state.iterdir()}
+    flip_a_byte(model / "unet" / WEIGHTS["unet"])
+    assert train(config) == model
+    # The only state there is stays as it is.
+    assert {path: path.stat().st_mtime_ns for path in state.iterdir()} == written
+    assert_equal(read_weights(model, "unet"), weights)
+    assert find_fault(model, step=2) is None
+
+
+def test_a_run_extended_and_stopped_in_its_last_step_does_not_return_the_old_model(config):
+    model = train(config)
+    stop_in_pass(config, 2, step=4, max_train_steps=4)
+    assert find_fault(model, step=2) is None
+    assert train(config, max_train_steps=4) == model
+    assert find_fault(model, step=4) is None
+    state, weights = state_of(config.output_dir), read_weights(model, "unet")
+    assert state["step"] == "step_000004"
+    assert all(torch.equal(weights[name], state[f"unet/{name}"]) for name in weights)
+
+
+def test_a_total_below_the_stopped_step_finishes_with_the_steps_that_are_done(config, capsys):
+    stop_in_pass(config, 5, step=5, max_train_steps=8)
+    model = train(config, max_train_steps=3)
+    assert "5 of 5 steps are done" in capsys.readouterr().out
+    assert find_fault(model, step=5) is None
+    assert state_of(config.output_dir)["step"] == "step_000005"
+
+
+def test_start_over_moves_the_earlier_run_aside(config, capsys):
+    train(config)
+    old = state_of(config.output_dir)
+    train(config, start_over=True, seed=1)
+    aside = config.output_dir.with_name(config.output_dir.name + "-1")
+    assert f"the earlier run is moved to {aside}" in capsys.readouterr().out
+    assert_equal(state_of(aside), old)
+    assert state_of(config.output_dir)["step"] == "step_000002"
+    assert [line["step"] for line in log_of(config.output_dir)] == [1, 2]
+
+
+def test_a_damaged_state_is_skipped_by_name_and_the_one_before_continues(config, tmp_path, capsys):
+    train(config, output_dir=tmp_path / "straight", max_train_steps=6, log_interval=1)
+    train(config, max_train_steps=2, log_interval=1)
+    older = config.output_dir / "resume" / "step_000002"
+    shutil.copytree(older, tmp_path / "kept")
+    train(config, max_train_steps=4, log_interval=1)
+    newest = config.output_dir / "resume" / "step_000004"
+    shutil.copytree(tmp_path / "kept", older)
+    flip_a_byte(newest / "unet.safetensors")
+    capsys.readouterr()
+    stop_in_pass(config, 1, step=3, max_train_steps=6, log_interval=1)
+    said = capsys.readouterr().out
+    assert f"skipping {newest}: unet.safetensors has changed or is damaged" in said
+    # The damaged state of a later step has not pushed out the good one of step 3.
+    train(config, max_train_steps=6, log_interval=1)
+    assert_same_run(tmp_path / "straight", config.output_dir)
+
+
+def test_a_run_whose_only_state_is_damaged_is_refused(config):
+    train(config)
+    flip_a_byte(config.output_dir / "resume" / "step_000002" / "optimizer.pt")
+    expected = r"no saved state in .*resume is whole; set start_over to begin again at step 0"
+    with pytest.raises(DbkitError, match=expected):
+        train(config, max_train_steps=4)
+    train(config, max_train_steps=1, start_over=True)
+
+
+def test_changed_settings_do_not_continue_a_run_and_are_named(config):
+    train(config, max_train_steps=1)
+    for name, value in {
+        "seed": 1,
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "train_text_encoder": True,
+        "center_crop": False,
+        "resolution": 72,
+        "instance_prompt": "photo of qqq thing",
+        "adam_beta1": 0.5,
+        "max_grad_norm": 0.5,
+    }.items():
+        expected = rf"holds a run of 1 steps that these settings do not continue: {name} was .* and is {value!r}"
+        with pytest.raises(DbkitError, match=expected):
+            train(config, **{name: value})
+
+
+def test_settings_that_belong_to_a_session_may_change(config):
+    train(config, max_train_steps=1)
+    changes = {"learning_rate": 1e-5, "lr_scheduler": "cosine", "gradient_checkpointing": True, "log_interval": 1}
+    train(config, **changes, save_precision="fp16", save_model_every_n_steps=1, checkpoints_total_limit=1)
+    assert [line["step"] for line in log_of(config.output_dir)] == [1, 2]
+
+
+def add_image(folder):
+    draw_photo(folder / "white.png", colour="black")
+    (folder / "white.txt").write_text("a black thing")
+
+
+def change_image(folder):
+    draw_photo(folder / "gold.png", colour="silver")
+
+
+def remove_image(folder):
+    (folder / "gold.png").unlink()
+
+
+def change_caption(folder):
+    (folder / "gold.txt").write_text("a silver thing")
+
+
+def test_changed_data_do_not_continue_a_run(settings, photos, tmp_path):
+    config = TrainConfig(**{**settings, "instance_prompt": None, "use_txt_as_label": True, "max_train_steps": 1})
+    train(config)
+    for change in (add_image, change_image, remove_image, change_caption):
+        changed = shutil.copytree(photos, tmp_path / change.__name__)
+        change(changed)
+        with pytest.raises(DbkitError, match="do not continue: instance images or captions differ; change that back"):
+            train(config, instance_data_dir=changed, max_train_steps=2)
+
+
+def test_changed_class_images_do_not_continue_a_run(settings, prior):
+    config = TrainConfig(**{**settings, **prior, "max_train_steps": 1})
+    train(config)
+    draw_photo(prior["class_data_dir"] / "navy.png", colour="black")
+    with pytest.raises(DbkitError, match="do not continue: class images differ; change that back, choose another outp"):
+        train(config, max_train_steps=2)
+
+
+def test_another_model_does_not_continue_a_run(config, model, tmp_path):
+    train(config, max_train_steps=1)
+    other = shutil.copytree(model, tmp_path / "other")
+    path = other / "unet" / WEIGHTS["unet"]
+    save_file({name: tensor * 1.01 for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    with pytest.raises(DbkitError, match="do not continue: pretrained_model_name_or_path differ"):
+        train(config, pretrained_model_name_or_path=str(other))
+
+
+def test_moved_data_and_models_continue_a_run(config, model, photos, tmp_path):
+    train(config, max_train_steps=1)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    photos.rename(tmp_path / "elsewhere")
+    train(config, pretrained_model_name_or_path=str(moved), instance_data_dir=tmp_path / "elsewhere")
+    assert [line["step"] for line in log_of(config.output_dir)] == [1, 2]
+
+
+# What is wrong is said before the model is loaded.
+
+
+@pytest.fixture
+def broken_model(model, tmp_path) -> str:
+    """A model folder that can be looked at, and not loaded."""
+    folder = shutil.copytree(model, tmp_path / "broken")
+    for part, name in WEIGHTS.items():
+        (folder / part / name).write_bytes(b"not weights")
+    return str(folder)
+
+
+def damage_image(folder):
+    (folder / "gold.png").write_bytes(b"not an image")
+
+
+def remove_caption(folder):
+    (folder / "gold.txt").unlink()
+
+
+def nothing(folder):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("change", "damage", "expected"),
+    [
+        ({"with_prior_preservation": True}, nothing, "with_prior_preservation needs class_prompt"),
+        ({"instance_prompt": None}, nothing, "no prompt is given: set instance_prompt, or use_txt_as_label"),
+        ({"instance_data_dir": "nowhere"}, nothing, "instance_data_dir nowhere is not a folder"),
+        ({}, damage_image, r"1 of 3 images are not usable: gold\.png cannot be read as an image"),
+        (
+            {"instance_prompt": None, "use_txt_as_label": True},
+            remove_caption,
+            r"1 of 3 images in .* have no caption \(gold\.png\)",
+        ),
+        ({"resolution": 60}, nothing, "resolution is 60; this model's VAE needs a multiple of 8"),
+        ({"test_prompts_file": "nowhere.txt"}, nothing, r"there is no prompts file nowhere\.txt"),
+        (
+            {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
+            nothing,
+            "lr_warmup_steps is 2 and the run has 2 steps; make the warm-up shorter",
+        ),
+        ({"mixed_precision": "fp16"}, nothing, "mixed_precision is fp16, which needs a GPU"),
+    ],
+)
+def test_mistakes_are_said_before_the_model_is_loaded(settings, photos, broken_model, change, damage, expected):
+    damage(photos)
+    with pytest.raises(DbkitError, match=expected):
+        train(**{**settings, "pretrained_model_name_or_path": broken_model, **change})
+    assert not settings["output_dir"].exists()
+
+
+def test_a_model_that_cannot_be_loaded_is_said_once_all_else_is_right(settings, broken_model):
+    with pytest.raises(DbkitError, match=r"the model .*broken cannot be loaded \(.+\); copy or convert it again"):
+        train(**{**settings, "pretrained_model_name_or_path": broken_model})
+
+
+def test_a_model_that_predicts_something_else_is_refused(settings, model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "sample")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
+    with pytest.raises(DbkitError, match="the model predicts 'sample'"):
+        train(**{**settings, "pretrained_model_name_or_path": str(folder)})
+
+
+# What is trained, and what it gives.
+
+
+@pytest.mark.parametrize("train_text_encoder", [False, True])
+def test_trained_parts_change_and_frozen_parts_do_not(config, model, train_text_encoder):
+    made = train(config, train_text_encoder=train_text_encoder)
+    trained = {"unet", "text_encoder"} if train_text_encoder else {"unet"}
+    for part in WEIGHTS:
+        before, after = read_weights(model, part), read_weights(made, part)
+        assert before.keys() == after.keys()
+        changed = {name for name in before if not torch.equal(before[name], after[name])}
+        assert changed == (set(before) if part in trained else set())
+
+
+def test_a_finished_model_loads_in_diffusers_and_samples(config):
+    made = train(config, train_text_encoder=True)
+    pipeline = StableDiffusionPipeline.from_pretrained(made)
+    random = torch.Generator().manual_seed(0)
+    picture = pipeline("photo of zwx thing", num_inference_steps=2, height=64, width=64, generator=random).images[0]
+    assert picture.size == (64, 64)
+    live = CLIPTextModel.from_pretrained(made, subfolder="text_encoder").state_dict()
+    saved = load_file(made / "text_encoder" / "model.safetensors")
+    assert all(name.startswith("text_model.") for name in saved)
+    assert_equal(
+        {name.removeprefix("text_model."): tensor for name, tensor in live.items()},
+        {name.removeprefix("text_model."): tensor for name, tensor in saved.items()},
+    )
+
+
+@pytest.mark.parametrize(("save_precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_usable_weights_have_the_asked_precision_and_the_state_stays_exact(config, save_precision, dtype):
+    made = train(config, save_precision=save_precision)
+    state = state_of(config.output_dir)
+    for part in WEIGHTS:
+        assert {tensor.dtype for tensor in read_weights(made, part).values()} == {dtype}
+    for name, tensor in read_weights(made, "unet").items():
+        assert state[f"unet/{name}"].dtype == torch.float32
+        assert torch.equal(tensor, state[f"unet/{name}"].to(dtype))
+
+
+def test_checkpoints_come_at_their_steps_and_the_oldest_go(config):
+    train(config, max_train_steps=9, save_model_every_n_steps=2, checkpoints_total_limit=2)
+    folder = config.output_dir / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["step_000006", "step_000008"]
+    assert find_fault(folder / "step_000008", step=8) is None
+    assert load_models(folder / "step_000008").facts.resolution == 64
+    assert [path.name for path in (config.output_dir / "resume").iterdir()] == ["step_000009"]
+
+
+def test_without_saving_in_between_there_is_only_the_end(config):
+    train(config, save_model_every_n_steps=None)
+    assert not (config.output_dir / "checkpoints").exists()
+    assert [path.name for path in (config.output_dir / "resume").iterdir()] == ["step_000002"]
+
+
+def test_the_settings_that_ran_are_beside_the_run(config):
+    train(config, seed=5)
+    found = TrainConfig.load(config.output_dir / "settings.yaml")
+    assert found.seed == 5
+    assert found == TrainConfig.from_dict({**vars(config), "seed": 5})
+
+
+@pytest.mark.parametrize(("with_prior", "name"), [(False, "native"), (True, "dreambooth")])
+def test_a_run_without_a_folder_goes_to_the_workspace(settings, prior, workspace_folder, with_prior, name):
+    made = train(**{**settings, **(prior if with_prior else {}), "output_dir": None, "max_train_steps": 1})
+    assert made == workspace_folder / "runs" / name / "model"
+
+
+def test_class_images_that_are_missing_are_generated(settings, workspace_folder, capsys):
+    prior = {"with_prior_preservation": True, "class_prompt": "photo of a thing", "num_class_images": 2}
+    train(**{**settings, **prior, "max_train_steps": 1})
+    (folder,) = (workspace_folder / "class_images").iterdir()
+    assert sorted(path.name for path in folder.glob("*.png")) == ["class-00000.png", "class-00001.png"]
+    assert f"\nclass images: 2 generated, 0 found: {folder}\n" in capsys.readouterr().out
+
+
+def test_epochs_give_the_steps_when_no_total_is_set(settings, capsys):
+    train(**{**settings, "max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 2})
+    # 3 images 3 times, 2 at each step: 4.5 steps.
+    assert "\n5 steps, in which each instance image is seen 3.33 times on average\n" in capsys.readouterr().out
+    assert [line["step"] for line in log_of(settings["output_dir"])] == [1, 5]
+
+
+def test_prompts_that_the_model_reads_only_in_part_are_said(settings, capsys):
+    prompt = "z" * 90
+    train(**{**settings, "instance_prompt": prompt, "max_train_steps": 1})
+    said = capsys.readouterr().out
+    assert "the first prompt has 90 tokens; the model reads at most 75" in said
+    assert f"cut after 75 of 90 tokens: {prompt}" in said
+
+
+def test_previews_show_the_prompts_that_were_asked_for(settings, prior, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red zwx\na blue zwx\n")
+    choices = {
+        "photo of zwx thing, photo of a thing": prior,
+        "my own": {"test_prompt": "my own"},
+        "a red zwx, a blue zwx": {"test_prompt": "my own", "test_prompts_file": tmp_path / "prompts.txt"},
+    }
+    for number, (expected, change) in enumerate(choices.items()):
+        run = tmp_path / f"run{number}"
+        short = {"output_dir": run, "max_train_steps": 1, "resolution": 32, "auto_test_model": True}
+        train(**{**settings, **change, **short})
+        names = sorted(path.name for path in (run / "previews" / "step_000001").iterdir())
+        assert [name[3:].partition("-seed42")[0] for name in names] == expected.split(", ")
+
+
+def test_every_training_setting_changes_the_weights(config, tmp_path):
+    changes = [
+        {},
+        {"seed": 1},
+        {"center_crop": False},
+        {"resolution": 72},
+        {"instance_prompt": "photo of qqq thing"},
+        {"learning_rate": 2e-4},
+        {"train_batch_size": 2},
+        {"train_batch_size": 2, "scale_lr": True},
+        {"lr_scheduler": "cosine"},
+        {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 1},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.9},
+        {"adam_weight_decay": 0.5},
+        {"adam_epsilon": 1e-2},
+        {"max_grad_norm": 1e-4},
+        {"train_text_encoder": True},
+        {"tokenizer_name": str(tmp_path / "tokenizer")},
+    ]
+    # Another tokenizer: the same words under other numbers.
+    source = Path(config.pretrained_model_name_or_path) / "tokenizer"
+    words = list(json.loads((source / "vocab.json").read_text()))
+    other = {word: number for number, word in enumerate([*reversed(words[:-2]), *words[-2:]])}
+    shutil.copytree(source, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps(other))
+    of_weights = {}
+    for number, change in enumerate(changes):
+        weights = read_weights(
+            train(config, **{"adam_epsilon": 1e-6, **change}, output_dir=tmp_path / f"{number}"), "unet"
+        )
+        of_weights.setdefault(b"".join(weights[name].numpy().tobytes() for name in sorted(weights)), []).append(change)
+    assert [same for same in of_weights.values() if len(same) > 1] == []
+
+
+# Ways to save memory.
+
+
+def distance(one: dict, two: dict) -> float:
+    return sum(float((one[name].float() - two[name].float()).square().sum()) for name in one) ** 0.5
+
+
+def test_gradient_checkpointing_gives_the_same_weights(config, model, tmp_path):
+    options = {"train_text_encoder": True, "max_train_steps": 3}
+    plain, saving = (
+        train(config, **options, gradient_checkpointing=on, output_dir=tmp_path / str(on)) for on in (False, True)
+    )
+    for part in ("unet", "text_encoder"):
+        one, two, base = (read_weights(folder, part) for folder in (plain, saving, model))
+        assert distance(one, two) < 1e-3 * distance(one, base)
+
+
+def test_bf16_arithmetic_stays_close_and_trains_fp32_weights(config, model, tmp_path):
+    # So large an epsilon makes the steps proportional to the gradients, and comparable.
+    options = {"adam_epsilon": 1.0, "learning_rate": 1e-2, "max_train_steps": 3, "log_interval": 1}
+    runs = [tmp_path / precision for precision in ("no", "bf16")]
+    for run in runs:
+        train(config, **options, mixed_precision=run.name, output_dir=run)
+    for one, two in zip(*(log_of(run) for run in runs)):
+        assert one["loss"] != two["loss"]
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.02)
+    one, two, base = (read_weights(folder, "unet") for folder in (*(run / "model" for run in runs), model))
+    assert distance(one, two) < distance(one, base)
+    tensors = [value for value in state_of(runs[1]).values() if isinstance(value, torch.Tensor)]
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+
+
+def test_8bit_adam_trains_and_resumes_exactly(settings, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = TrainConfig(**{**settings, "use_8bit_adam": True, "max_train_steps": 4})
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(config, output_dir=straight)
+    train(config, output_dir=resumed, max_train_steps=2)
+    train(config, output_dir=resumed)
+    state = state_of(resumed)
+    assert any(tensor.dtype == torch.uint8 for tensor in state.values() if isinstance(tensor, torch.Tensor))
+    assert_equal(state_of(straight), state)
+
+
+@contextlib.contextmanager
+def no_memory_for_the_unet(training: bool):
+    """Every pass of the U-Net in that mode ends as it does on a GPU that is full."""
+
+    def fail(module, inputs):
+        if isinstance(module, UNet2DConditionModel) and module.training == training:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    handle = register_module_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_a_preview_without_memory_costs_no_run(config, tmp_path, capsys):
+    with no_memory_for_the_unet(training=False):
+        train(config, auto_test_model=True, output_dir=tmp_path / "without memory")
+    said = capsys.readouterr().out
+    for step in (0, 2):
+        assert f"no preview at step {step}: too little GPU memory; set sample_batch_size to 1 or auto_test" in said
+    train(config, output_dir=tmp_path / "without previews")
+    assert_same_run(tmp_path / "without memory", tmp_path / "without previews")
+
+
+def test_a_step_without_memory_is_said_with_what_takes_less(config):
+    with (
+        no_memory_for_the_unet(training=True),
+        pytest.raises(DbkitError, match=r"the GPU ran out of memory at .+; turn on gradient_checkpointing"),
+    ):
+        train(config)
+
+
+# Learning.
+
+
+@torch.no_grad()
+def loss_at_fixed_noise(folder: Path, image: Path) -> float:
+    """The mean loss over a few timesteps, each with its own noise, which does not change from call to call."""
+    models = load_models(folder)
+    pixels = torch.tensor(np.asarray(Image.open(image))).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = models.vae.encode(pixels).latent_dist.mean * models.vae.config.scaling_factor
+    ids = models.tokenizer("photo of zwx thing", padding="max_length", max_length=77, return_tensors="pt").input_ids
+    states = models.text_encoder(ids).last_hidden_state
+    losses = []
+    for timestep in (100, 300, 500, 700, 900):
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(timestep))
+        at = torch.tensor([timestep])
+        model_pred = models.unet(models.noise_scheduler.add_noise(latents, noise, at), at, states).sample
+        losses.append(float(((model_pred - noise) ** 2).mean()))
+    return sum(losses) / len(losses)
+
+
+def test_training_on_one_image_lowers_its_loss_and_a_wrong_target_does_not(settings, model, tmp_path, monkeypatch):
+    image = draw_photo(tmp_path / "one" / "image.png", size=(64, 64))
+    config = TrainConfig(
+        **{**settings, "instance_data_dir": image.parent, "learning_rate": 1e-3, "max_train_steps": 60}
+    )
+    before = loss_at_fixed_noise(model, image)
+    after = loss_at_fixed_noise(train(config, output_dir=tmp_path / "right"), image)
+    assert after < 0.5 * before
+
+    # The wrong sign, to show that the line above can fail.
+    monkeypatch.setattr(sys.modules["dbkit.train"], "noise_target", lambda kind, latents, noise, *others: -noise)
+    wrong = loss_at_fixed_noise(train(config, output_dir=tmp_path / "wrong", max_train_steps=20), image)
+    assert wrong > before
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"log_interval": 1}, r"the loss is nan at step \d; lower learning_rate and train again"),
+        (
+            {"save_model_every_n_steps": 7},
+            "the unet has weights that are not numbers at step 7, and nothing was saved; lower learning_rate",
+        ),
+    ],
+)
+def test_weights_that_are_not_numbers_are_never_saved(config, change, expected):
+    train(config, max_train_steps=1)
+    before = state_of(config.output_dir)
+    with pytest.raises(DbkitError, match=expected):
+        train(config, **change, learning_rate=1, max_train_steps=8)
+    assert_equal(state_of(config.output_dir), before)
+    assert all(math.isfinite(line["loss"]) for line in log_of(config.output_dir))
+    train(config, max_train_steps=3)
+    assert find_fault(config.output_dir / "model", step=3) is None
+
+
+def test_a_learning_rate_too_small_to_change_anything_is_said(config):
+    with pytest.raises(DbkitError, match="2 steps changed no weight; raise learning_rate"):
+        train(config, learning_rate=1e-30)
+    assert not (config.output_dir / "model").exists()
