@@ -12,20 +12,12 @@ from typing import TYPE_CHECKING, Any
 from dbkit import keys
 from dbkit.config import ConvertConfig
 from dbkit.errors import DbkitError
+from dbkit.families import original_shapes, refuse_other_families, sd1_configs
 from dbkit.files import full_disk_is_a_sentence, require_space, whole_file
-from dbkit.models import (
-    TEXT_PREFIX,
-    Models,
-    load_tokenizer,
-    load_tokenizer_tables,
-    model_facts,
-    quiet,
-    read_config,
-    read_weights,
-    save_models,
-    tokenizer_tables,
-)
+from dbkit.libraries import library_errors, quiet
+from dbkit.models import PARTS, TEXT_PREFIX, Models, model_facts, read_config, read_weights, save_models
 from dbkit.settings import configured_by
+from dbkit.tokenizer import load_tokenizer, load_tokenizer_tables, tokenizer_tables
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +53,9 @@ def _to_file(config: ConvertConfig) -> Path:
         raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
     model_facts(source)
     folder_weights = {part: _modern_names(part, read_weights(source, part)) for part in keys.PREFIXES}
-    _refuse_other_families(_original_shapes(folder_weights), source)
+    refuse_other_families(original_shapes(folder_weights), source)
+    facts = _facts(source)
+    _filled_modules(facts["configs"], folder_weights, source)
     tables = _tables({part: list(weights) for part, weights in folder_weights.items()}, original=False)
     original: Tensors = {}
     for part, weights in folder_weights.items():
@@ -74,9 +68,9 @@ def _to_file(config: ConvertConfig) -> Path:
                 part, renamed, _cast(tensor, name, config.half), original=True
             )
     require_space(destination.parent, sum(t.numel() * t.element_size() for t in original.values()), str(destination))
-    facts = json.dumps(_facts(source), ensure_ascii=False, sort_keys=True)
     with whole_file(destination) as partial:
-        _write_file(original, facts, partial, destination.suffix.lower())
+        noted = json.dumps(facts, ensure_ascii=False, sort_keys=True)
+        _write_file(original, noted, partial, destination.suffix.lower())
         _require_equal(_read_file(partial, destination.suffix.lower())[0], original, destination)
     return destination
 
@@ -85,9 +79,9 @@ def _to_folder(config: ConvertConfig) -> Path:
     source, destination = config.source, config.destination
     if source.suffix.lower() not in _FILES:
         raise DbkitError(f"{source} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
-    _require_replaceable(destination, config.overwrite)
+    _require_replaceable(source, destination, config.overwrite)
     tensors, facts = _read_file(source, source.suffix.lower())
-    _refuse_other_families({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
+    refuse_other_families({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     parts = _split(tensors, source)
     tables = _tables({part: list(weights) for part, weights in parts.items()}, original=True)
     weights: dict[str, Tensors] = {}
@@ -99,7 +93,10 @@ def _to_folder(config: ConvertConfig) -> Path:
             new: _reshaped(part, name, _cast(original[name], name, config.half), original=False)
             for name, new in renamed.items()
         }
-    configs = facts["configs"] if facts else _sd1_configs(weights)
+    try:
+        configs = facts["configs"] if facts else sd1_configs(weights)
+    except KeyError as error:
+        raise DbkitError(f"{source} is not a whole Stable Diffusion 1 model; it lacks {error}") from error
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -107,21 +104,30 @@ def _to_folder(config: ConvertConfig) -> Path:
             _write_folder(weights, configs, facts, config, partial)
             for part in keys.PREFIXES:
                 _require_equal(read_weights(partial, part), weights[part], destination)
+            old = destination.with_name(destination.name + ".old")
             if destination.exists():
-                shutil.rmtree(destination)
+                destination.rename(old)
             partial.rename(destination)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return destination
 
 
-def _require_replaceable(destination: Path, overwrite: bool) -> None:
+def _require_replaceable(source: Path, destination: Path, overwrite: bool) -> None:
     if destination.suffix.lower() in _FILES or destination.is_file():
         raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise DbkitError(f"{source} lies in {destination}, which would be replaced; choose another destination")
     if destination.is_dir() and any(destination.iterdir()):
         if not overwrite:
             raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+        known = {"model_index.json", "manifest.json", *PARTS}
+        if strangers := sorted(path.name for path in destination.iterdir() if path.name not in known):
+            raise DbkitError(
+                f"{destination} holds more than a model ({strangers[0]}), so it is not replaced; choose another"
+            )
         if not (destination / "model_index.json").exists():
             raise DbkitError(f"{destination} is not a model folder, so it is not replaced; choose another name")
 
@@ -142,13 +148,27 @@ def _read_file(path: Path, suffix: str) -> tuple[Tensors, dict[str, Any] | None]
             found = metadata.get("state_dict", metadata)
             tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
         facts = json.loads(metadata[METADATA]) if METADATA in metadata else None
-    except pickle.UnpicklingError as error:
-        raise DbkitError(
-            f"{path} holds more than tensors, which could run code when loaded, so it is refused; look for "
-            "a .safetensors file of it"
-        ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        LookupError,
+        ValueError,
+        AttributeError,
+    ) as error:
+        # The restricted reader says GLOBAL when it meets a name to import; its other complaints are about damage.
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise DbkitError(
+                f"{path} holds more than tensors, which could run code when loaded, so it is refused; look for "
+                "a .safetensors file of it"
+            ) from error
+        # torch's own text about pickles advises to lift the restriction.
+        pickled = isinstance(error, pickle.UnpicklingError)
+        reason = (
+            "it is no plain pickle of tensors" if pickled else next(iter(str(error).splitlines()), "") or repr(error)
+        )
         raise DbkitError(f"{path} is damaged or not a checkpoint ({reason}); download or copy it again") from error
     return tensors, facts
 
@@ -171,50 +191,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     # The tokenizer of CLIP ViT-L/14, which every Stable Diffusion 1 model has, is known by a few of its tokens.
     usual = len(vocabulary) == 49408 and vocabulary.get("photo</w>") == 1125 and vocabulary.get("dog</w>") == 1929
     return {"configs": configs, "tokenizer": None if usual else {"vocab": vocabulary, "merges": merges}}
-
-
-def _refuse_other_families(shapes: dict[str, tuple[int, ...]], source: Path) -> None:
-    """Raise DbkitError unless names and shapes are those of a plain Stable Diffusion 1 model, of any width."""
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in shapes)
-
-    unet = keys.PREFIXES["unet"]
-    if has("lora_") or any(".lora_" in name for name in shapes):
-        family = "is a LoRA, not a whole model"
-    elif has("conditioner.embedders."):
-        family = "is a Stable Diffusion XL model"
-    elif not has(unet + "input_blocks."):
-        family = (
-            "is not a Stable Diffusion model" if not has("down_blocks.") else "holds one part of a model, not the whole"
-        )
-    elif has("cond_stage_model.model.") or _text_width(shapes) == 1024 or _is_linear(shapes):
-        family = "is a Stable Diffusion 2 model"
-    elif shapes[unet + "input_blocks.0.0.weight"][1] == 9:
-        family = "is an inpainting model"
-    else:
-        lacking = [part for part, prefix in keys.PREFIXES.items() if not has(prefix.removesuffix("transformer."))]
-        if not lacking:
-            return
-        family = f"lacks its {' and its '.join(lacking)}"
-    raise DbkitError(f"{source} {family}; dbkit converts whole Stable Diffusion 1 models for now, so take one of those")
-
-
-def _text_width(shapes: dict[str, tuple[int, ...]]) -> int | None:
-    return next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
-
-
-def _is_linear(shapes: dict[str, tuple[int, ...]]) -> bool:
-    return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
-
-
-def _original_shapes(parts: dict[str, Tensors]) -> dict[str, tuple[int, ...]]:
-    """A folder's shapes under the few names by which families are told apart."""
-    shapes = {
-        keys.PREFIXES[part] + name: tuple(t.shape) for part, weights in parts.items() for name, t in weights.items()
-    }
-    shapes[keys.PREFIXES["unet"] + "input_blocks.0.0.weight"] = tuple(parts["unet"]["conv_in.weight"].shape)
-    return shapes
 
 
 def _split(tensors: Tensors, source: Path) -> dict[str, Tensors]:
@@ -315,35 +291,10 @@ def _write_folder(
     config: ConvertConfig,
     folder: Path,
 ) -> None:
-    """Build the real classes from the settings, put the tensors in, which must fit exactly, and save them."""
-    import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
+    with quiet():
+        from diffusers import DDPMScheduler
 
-    from dbkit.models import load_state_dict
-
-    try:
-        with quiet(), torch.device("meta"):
-            modules = {
-                "unet": UNet2DConditionModel.from_config(configs["unet"]),
-                "vae": AutoencoderKL.from_config(configs["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
-            }
-    except (ValueError, TypeError, KeyError) as error:
-        raise DbkitError(
-            f"{config.source} has the widths of no Stable Diffusion 1 model ({error}), and nothing in the "
-            "file says more; "
-            "convert the folder it was made from again with dbkit, which writes them down"
-        ) from error
-    for part, module in modules.items():
-        try:
-            load_state_dict(module, part, weights[part], assign=True)
-        except RuntimeError as error:
-            lines = str(error).strip().splitlines()[1:11]
-            raise DbkitError(
-                f"{config.source} is not a whole Stable Diffusion 1 model; its {part}: "
-                f"{' '.join(' '.join(lines).split())[:600]}"
-            ) from error
+    modules = _filled_modules(configs, weights, config.source)
     if facts and facts["tokenizer"]:
         tables = facts["tokenizer"]
         tokenizer = load_tokenizer_tables(tables["vocab"], tables["merges"], configs["tokenizer"])
@@ -357,52 +308,36 @@ def _write_folder(
     )
 
 
-def _sd1_configs(weights: dict[str, Tensors]) -> dict[str, Any]:
-    """Settings of a Stable Diffusion 1 model: widths and depths from its tensors, the family's for the rest."""
-    unet, vae, text = weights["unet"], weights["vae"], weights["text_encoder"]
-    levels = keys.count(unet, r"down_blocks\.(\d+)\.")
-    attention = [f"down_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
-    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
-    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
-    vae_levels = keys.count(vae, r"encoder\.down_blocks\.(\d+)\.")
-    embedding = text["text_model.embeddings.token_embedding.weight"]
-    return {
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
-            "attention_head_dim": 8,
-            "block_out_channels": [unet[f"down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(levels)],
-            "cross_attention_dim": next(t for n, t in unet.items() if n.endswith("attn2.to_k.weight")).shape[1],
-            "down_block_types": down,
-            "in_channels": unet["conv_in.weight"].shape[1],
-            "layers_per_block": keys.count(unet, r"down_blocks\.0\.resnets\.(\d+)\."),
-            "out_channels": unet["conv_out.weight"].shape[0],
-            "sample_size": 64,
-            "up_block_types": up,
-        },
-        "vae": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [
-                vae[f"encoder.down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(vae_levels)
-            ],
-            "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
-            "latent_channels": vae["post_quant_conv.weight"].shape[0],
-            "layers_per_block": keys.count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-            "sample_size": 512,
-            "scaling_factor": 0.18215,
-            "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
-        },
-        "text_encoder": {
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-            "hidden_act": "quick_gelu",
-            "hidden_size": embedding.shape[1],
-            "intermediate_size": text["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            "max_position_embeddings": text["text_model.embeddings.position_embedding.weight"].shape[0],
-            "num_attention_heads": 12,
-            "num_hidden_layers": keys.count(text, r"text_model\.encoder\.layers\.(\d+)\."),
-            "pad_token_id": 1,
-            "projection_dim": 768,
-            "vocab_size": embedding.shape[0],
-        },
-        "scheduler": keys.sd1_scheduler(),
-    }
+def _filled_modules(configs: dict[str, Any], weights: dict[str, Tensors], source: Path) -> dict[str, torch.nn.Module]:
+    """The real classes built from the settings, with the tensors in, which must fit exactly."""
+    import torch
+
+    with quiet():
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+    from dbkit.models import load_state_dict
+
+    try:
+        with quiet(), torch.device("meta"):
+            modules = {
+                "unet": UNet2DConditionModel.from_config(configs["unet"]),
+                "vae": AutoencoderKL.from_config(configs["vae"]),
+                "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
+            }
+    except (*library_errors(), TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DbkitError(
+            f"{source} has the widths of no Stable Diffusion 1 model ({reason}), and nothing in the file says more; "
+            "convert the folder it was made from again with dbkit, which writes them down"
+        ) from error
+    for part, module in modules.items():
+        try:
+            load_state_dict(module, part, weights[part], assign=True)
+        except RuntimeError as error:
+            lines = str(error).strip().splitlines()[1:11]
+            raise DbkitError(
+                f"{source} is not a whole Stable Diffusion 1 model; its {part}: "
+                f"{' '.join(' '.join(lines).split())[:600]}"
+            ) from error
+    return modules

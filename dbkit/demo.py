@@ -10,9 +10,11 @@ from dbkit.class_images import generate_class_images
 from dbkit.config import DemoConfig
 from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
-from dbkit.models import Models, load_tokenizer_tables, quiet, save_models
+from dbkit.libraries import quiet
+from dbkit.models import Models, save_models
 from dbkit.preview import preview
 from dbkit.settings import configured_by, read_yaml
+from dbkit.tokenizer import load_tokenizer_tables
 from dbkit.train import train
 from dbkit.workspace import default_folder
 
@@ -79,11 +81,13 @@ def make_random_model(folder: Path, seed: int = 0) -> Path:
     Same block types, levels and tensor names as the real one, about 1/8 of its width, for 64 px pictures.
     """
     import torch
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
-    from dbkit.keys import sd1_scheduler
+    with quiet():
+        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+    from dbkit.families import sd1_scheduler
 
     alphabet = sorted(ByteLevel.alphabet())
     words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
@@ -107,7 +111,7 @@ def make_random_model(folder: Path, seed: int = 0) -> Path:
             )
         )
         vae = AutoencoderKL(
-            block_out_channels=(32, 32, 64, 64),
+            block_out_channels=(32, 64, 96, 96),
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
             layers_per_block=2,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 # Where each part lies in an original file.
 PREFIXES = {
@@ -110,19 +109,3 @@ def rename(name: str, table: dict[str, str]) -> str | None:
 def count(names: Iterable[str], pattern: str) -> int:
     """How many different numbers stand where the pattern's group is: the number of levels, layers or blocks."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
-
-
-def sd1_scheduler() -> dict[str, Any]:
-    """The noise schedule of Stable Diffusion 1, with the sampler its makers shipped."""
-    return {
-        "_class_name": "PNDMScheduler",
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "beta_start": 0.00085,
-        "clip_sample": False,
-        "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-    }

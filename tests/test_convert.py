@@ -1,0 +1,621 @@
+"""Folder to file and back is the identity; what is not a whole Stable Diffusion 1 model is refused by name."""
+
+import json
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from dbkit import DbkitError, convert, keys
+from dbkit.families import sd1_scheduler
+from dbkit.models import WEIGHTS, Models, load_models, read_weights, save_models
+from dbkit.tokenizer import load_tokenizer
+
+LISTS = Path(__file__).parents[2] / "shared" / "data" / "checkpoints"
+CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json")
+TEXTS = ("photo of zwx dog", "Ein Bär, ganz groß!", "犬の写真 🐕", "")
+UNET, VAE, TEXT = (keys.PREFIXES[part] for part in ("unet", "vae", "text_encoder"))
+
+
+@pytest.fixture(scope="module")
+def file(model, tmp_path_factory) -> Path:
+    """The small model as an original file. Do not change it."""
+    return convert(model, tmp_path_factory.mktemp("files") / "small.safetensors")
+
+
+@pytest.fixture(scope="module")
+def twelve_heads(model, tmp_path_factory) -> Path:
+    """A small model whose text encoder has 12 heads, as Stable Diffusion 1 has, so that no metadata is needed."""
+    base = load_models(model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = {**base.text_encoder.config.to_dict(), "hidden_size": 48, "num_attention_heads": 12}
+        models = Models(
+            base.tokenizer,
+            CLIPTextModel(CLIPTextConfig.from_dict(config)),
+            base.vae,
+            UNet2DConditionModel.from_config({**base.unet.config, "cross_attention_dim": 48}),
+            base.noise_scheduler,
+            base.scheduler_config,
+        )
+    folder = tmp_path_factory.mktemp("models") / "twelve"
+    save_models(models, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def twelve_heads_tensors(twelve_heads, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The tensors of its original file, and nothing else."""
+    return load_file(convert(twelve_heads, tmp_path_factory.mktemp("files") / "twelve.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def ckpt(model, tmp_path_factory) -> Path:
+    """The small model as a pickled original file. Do not change it."""
+    return convert(model, tmp_path_factory.mktemp("files") / "small.ckpt")
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    """A copy of the small model that a test may change."""
+    return shutil.copytree(model, tmp_path / "copied")
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, "pt") as opened:
+        return opened.metadata()
+
+
+def write(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+def changed(file: Path, path: Path, change) -> Path:
+    """The original file with its tensors changed by change(tensors), and the same metadata."""
+    tensors = load_file(file)
+    change(tensors)
+    return write(path, tensors, metadata_of(file))
+
+
+def settings_of(folder: Path) -> dict[str, dict]:
+    """The settings of the parts, without what libraries note about themselves and where a model came from."""
+    own = ("_diffusers_version", "_name_or_path", "transformers_version")
+    return {
+        name: {key: value for key, value in json.loads((folder / name).read_text()).items() if key not in own}
+        for name in CONFIGS
+    }
+
+
+def assert_same_model(first: Path, second: Path):
+    for part in WEIGHTS:
+        one, two = read_weights(first, part), read_weights(second, part)
+        assert one.keys() == two.keys()
+        assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
+    assert settings_of(first) == settings_of(second)
+    one, two = (load_tokenizer(str(folder / "tokenizer")) for folder in (first, second))
+    assert [one(text).input_ids for text in TEXTS] == [two(text).input_ids for text in TEXTS]
+    assert one.model_max_length == two.model_max_length == 77
+
+
+def assert_same_file(first: Path, second: Path):
+    one, two = load_file(first), load_file(second)
+    assert one.keys() == two.keys()
+    assert all(one[name].dtype == two[name].dtype and torch.equal(one[name], two[name]) for name in one)
+    one, two = (json.loads(metadata_of(path)["dbkit"]) for path in (first, second))
+    for configs in (one["configs"], two["configs"]):
+        for config in configs.values():
+            for key in ("_diffusers_version", "_name_or_path", "transformers_version", "dtype", "torch_dtype"):
+                config.pop(key, None)
+    assert one == two
+
+
+# There and back.
+
+
+@pytest.mark.parametrize(
+    ("kind", "suffix"),
+    [("model", ".safetensors"), ("model", ".ckpt"), ("v_model", ".safetensors"), ("v_model", ".CKPT")],
+)
+def test_a_folder_comes_back_from_a_file_as_the_same_model(request, tmp_path, kind, suffix):
+    folder = request.getfixturevalue(kind)
+    made = convert(folder, tmp_path / f"made{suffix}")
+    back = convert(made, tmp_path / "back")
+    assert (made, back) == (tmp_path / f"made{suffix}", tmp_path / "back")
+    assert_same_model(folder, back)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", made.name]
+
+
+def test_a_file_comes_back_from_a_folder_as_the_same_file(file, tmp_path):
+    assert_same_file(file, convert(convert(file, tmp_path / "folder"), tmp_path / "again.safetensors"))
+
+
+def test_a_converted_folder_samples_the_same_picture_in_diffusers(model, file, tmp_path):
+    def picture(folder):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        random = torch.Generator().manual_seed(0)
+        return pipeline("a dog", num_inference_steps=2, height=64, width=64, generator=random).images[0].tobytes()
+
+    assert picture(convert(file, tmp_path / "back")) == picture(model)
+
+
+def test_a_ckpt_holds_its_tensors_under_state_dict_in_the_format_that_older_programs_read(file, ckpt):
+    assert not zipfile.is_zipfile(ckpt)
+    loaded = torch.load(ckpt, weights_only=True)
+    expected = load_file(file)
+    assert loaded["state_dict"].keys() == expected.keys()
+    assert all(torch.equal(loaded["state_dict"][name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("level", ["state_dict", "top"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_ckpt_is_read_whatever_its_level_and_format(twelve_heads, twelve_heads_tensors, tmp_path, level, zipped):
+    tensors = twelve_heads_tensors
+    content = {"state_dict": tensors, "global_step": 7, "epoch": 1} if level == "state_dict" else tensors
+    torch.save(content, tmp_path / "found.ckpt", _use_new_zipfile_serialization=zipped)
+    back = convert(tmp_path / "found.ckpt", tmp_path / "back", tokenizer_name=str(twelve_heads / "tokenizer"))
+    for part in WEIGHTS:
+        one, two = read_weights(twelve_heads, part), read_weights(back, part)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Names and shapes.
+
+
+@pytest.mark.skipif(not LISTS.is_dir(), reason="the lists of key names are not beside the checkout")
+def test_the_small_model_is_written_under_the_names_of_stable_diffusion_1(file):
+    listed = json.loads((LISTS / "sd1_keys.json").read_text())["keys"]
+    required = {entry["key"]: entry["shape"] for entry in listed if entry["role"] == "required"}
+    with safe_open(file, "pt") as opened:
+        found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
+    # It has the same levels, and 2 of the 12 layers of the text encoder.
+    deeper = [f"{TEXT}text_model.encoder.layers.{layer}." for layer in range(2, 12)]
+    assert sorted(found) == sorted(name for name in required if not name.startswith(tuple(deeper)))
+    assert {name: len(shape) for name, shape in found.items()} == {name: len(required[name]) for name in found}
+
+
+def test_vae_attention_is_a_convolution_in_files_and_linear_in_folders(model, file):
+    in_file, in_folder = load_file(file), read_weights(model, "vae")
+    for side in ("encoder", "decoder"):
+        for original, name in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("proj_out", "to_out.0")):
+            four = in_file[f"{VAE}{side}.mid.attn_1.{original}.weight"]
+            two = in_folder[f"{side}.mid_block.attentions.0.{name}.weight"]
+            assert (four.ndim, two.ndim) == (4, 2)
+            assert torch.equal(four[:, :, 0, 0], two)
+
+
+def test_text_encoder_names_without_their_prefix_are_read_from_a_file(model, file, tmp_path):
+    def strip(tensors):
+        for name in [name for name in tensors if name.startswith(TEXT)]:
+            tensors[name.replace(TEXT + "text_model.", TEXT)] = tensors.pop(name)
+
+    assert_same_model(model, convert(changed(file, tmp_path / "f.safetensors", strip), tmp_path / "back"))
+
+
+def test_text_encoder_names_without_their_prefix_are_read_from_a_folder(copied, file, tmp_path):
+    path = copied / "text_encoder" / WEIGHTS["text_encoder"]
+    write(path, {name.removeprefix("text_model."): tensor for name, tensor in load_file(path).items()})
+    assert_same_file(file, convert(copied, tmp_path / "made.safetensors"))
+
+
+@pytest.mark.parametrize("pickled", [True, False])
+def test_old_names_of_the_vae_attention_are_read_from_a_folder(copied, file, tmp_path, pickled):
+    path = copied / "vae" / WEIGHTS["vae"]
+    weights = load_file(path)
+    for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")):
+        for name in [name for name in weights if f".attentions.0.{new}." in name]:
+            weights[name.replace(f".{new}.", f".{old}.")] = weights.pop(name)
+    assert any(".query." in name for name in weights)
+    path.unlink()
+    if pickled:
+        torch.save(weights, path.with_suffix(".bin"))
+    else:
+        write(path, weights)
+    assert_same_file(file, convert(copied, tmp_path / "made.safetensors"))
+
+
+def test_what_no_model_needs_is_left_out(model, file, tmp_path):
+    def add(tensors):
+        tensors["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(2)
+        tensors["model_ema.decay"] = torch.zeros(())
+        tensors[TEXT + "text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        tensors["first_stage_model.loss.discriminator.main.0.weight"] = torch.zeros(2)
+        for name in ("betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "logvar"):
+            tensors[name] = torch.zeros(1000)
+        for name in ("posterior_variance", "log_one_minus_alphas_cumprod", "lvlb_weights"):
+            tensors[name] = torch.zeros(1000)
+
+    assert_same_model(model, convert(changed(file, tmp_path / "f.safetensors", add), tmp_path / "back"))
+
+
+# Files that dbkit did not write.
+
+
+def test_a_file_without_metadata_becomes_the_same_model(twelve_heads, twelve_heads_tensors, tmp_path):
+    plain = write(tmp_path / "plain.safetensors", twelve_heads_tensors)
+    back = convert(plain, tmp_path / "back", tokenizer_name=str(twelve_heads / "tokenizer"))
+    for part in WEIGHTS:
+        one, two = read_weights(twelve_heads, part), read_weights(back, part)
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    models = load_models(back)
+    expected = load_models(twelve_heads)
+    for name in ("block_out_channels", "down_block_types", "up_block_types", "layers_per_block", "cross_attention_dim"):
+        assert models.unet.config[name] == expected.unet.config[name]
+    assert models.scheduler_config == sd1_scheduler()
+    assert models.text_encoder.config.num_attention_heads == 12
+
+
+def test_a_file_of_unknown_widths_is_refused(file, tmp_path):
+    plain = write(tmp_path / "plain.safetensors", load_file(file))
+    with pytest.raises(DbkitError, match=r"has the widths of no Stable Diffusion 1 model \(.+\), and nothing in the"):
+        convert(plain, tmp_path / "back", tokenizer_name="unused")
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_usual_tokenizer_is_not_carried_and_another_one_is(copied, file, tmp_path, monkeypatch):
+    assert json.loads(metadata_of(file)["dbkit"])["tokenizer"]["vocab"]
+    usual = {f"word{number}": number for number in range(49408)}
+    for word, number in (("photo</w>", 1125), ("dog</w>", 1929)):
+        usual[word] = usual.pop(f"word{number}")
+    (copied / "tokenizer" / "vocab.json").write_text(json.dumps(usual))
+    made = convert(copied, tmp_path / "made.safetensors")
+    assert json.loads(metadata_of(made)["dbkit"])["tokenizer"] is None
+    # The hub's library reads its environment once, when it is imported.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(DbkitError, match=r"tokenizer openai/clip-vit-large-patch14 cannot be loaded"):
+        convert(made, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+    convert(made, tmp_path / "back", tokenizer_name=str(copied / "tokenizer"))
+    assert (tmp_path / "back" / "model_index.json").is_file()
+
+
+# fp16.
+
+
+def test_half_stores_fp16_and_round_trips(model, file, tmp_path):
+    made = convert(model, tmp_path / "half.safetensors", half=True)
+    full, half = load_file(file), load_file(made)
+    assert full.keys() == half.keys()
+    assert all(half[name].dtype == torch.float16 and torch.equal(half[name], full[name].half()) for name in full)
+    back = convert(made, tmp_path / "back")
+    assert {tensor.dtype for part in WEIGHTS for tensor in read_weights(back, part).values()} == {torch.float16}
+    assert_same_file(made, convert(back, tmp_path / "again.safetensors"))
+
+
+def test_half_works_from_a_file_too(file, tmp_path):
+    back = convert(file, tmp_path / "back", half=True)
+    assert {tensor.dtype for part in WEIGHTS for tensor in read_weights(back, part).values()} == {torch.float16}
+
+
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_values_that_do_not_fit_in_fp16_are_refused_by_name(copied, file, tmp_path, direction):
+    if direction == "to a file":
+        path = copied / "unet" / WEIGHTS["unet"]
+        weights = load_file(path)
+        weights["conv_in.bias"][0] = 1e6
+        source, destination = (write(path, weights), copied)[1], tmp_path / "made.safetensors"
+        name = "conv_in.bias"
+    else:
+        name = UNET.removeprefix("model.diffusion_model.") + "input_blocks.0.0.bias"
+
+        def enlarge(tensors):
+            tensors[UNET + "input_blocks.0.0.bias"][0] = 1e6
+
+        source, destination = changed(file, tmp_path / "large.safetensors", enlarge), tmp_path / "back"
+    with pytest.raises(DbkitError, match=f"^{name} has values that do not fit in fp16; convert without half"):
+        convert(source, destination, half=True)
+    assert not destination.exists()
+    convert(source, destination)
+    assert destination.exists()
+
+
+# What is not a whole Stable Diffusion 1 model.
+
+ZERO = torch.zeros(1)
+UNET_ONLY = {
+    UNET + "input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3),
+    UNET + "input_blocks.1.1.proj_in.weight": torch.zeros(8, 8, 1, 1),
+    UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 768),
+}
+WHOLE = {
+    **UNET_ONLY,
+    VAE + "encoder.conv_in.weight": ZERO,
+    TEXT + "text_model.embeddings.token_embedding.weight": ZERO,
+}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "family"),
+    [
+        ({**UNET_ONLY, "cond_stage_model.model.ln_final.weight": ZERO}, "is a Stable Diffusion 2 model"),
+        (
+            {**WHOLE, UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.zeros(8, 1024)},
+            "is a Stable Diffusion 2 model",
+        ),
+        (
+            {**WHOLE, UNET + "input_blocks.1.1.proj_in.weight": torch.zeros(8, 8)},
+            "is a Stable Diffusion 2 model",
+        ),
+        (
+            {**UNET_ONLY, "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias": ZERO},
+            "is a Stable Diffusion XL model",
+        ),
+        ({**WHOLE, UNET + "input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}, "is an inpainting model"),
+        ({"lora_unet_down_blocks_0.lora_down.weight": ZERO}, "is a LoRA, not a whole model"),
+        ({"unet.down_blocks.0.to_q.lora_A.weight": ZERO}, "is a LoRA, not a whole model"),
+        ({"down_blocks.0.resnets.0.conv1.weight": ZERO, "conv_in.weight": ZERO}, "holds one part of a model"),
+        (UNET_ONLY, "lacks its vae and its text_encoder"),
+        ({**UNET_ONLY, VAE + "encoder.conv_in.weight": ZERO}, "lacks its text_encoder"),
+        ({"blocks.0.weight": ZERO}, "is not a Stable Diffusion model"),
+        ({}, "is not a Stable Diffusion model"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_other_kinds_of_files_are_refused_by_their_kind(tmp_path, tensors, family, suffix):
+    path = tmp_path / f"other{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        write(path, {name: tensor.clone() for name, tensor in tensors.items()})
+    expected = rf"other{suffix} {family}.*; dbkit converts whole Stable Diffusion 1 models for now, so take one of"
+    with pytest.raises(DbkitError, match=expected):
+        convert(path, tmp_path / "back")
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("down_blocks.0.attentions.0.proj_in.weight", (32, 32)),
+        ("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", (32, 1024)),
+    ],
+)
+def test_folders_of_stable_diffusion_2_are_refused(copied, tmp_path, name, shape):
+    path = copied / "unet" / WEIGHTS["unet"]
+    write(path, {**load_file(path), name: torch.zeros(shape)})
+    with pytest.raises(DbkitError, match="copied is a Stable Diffusion 2 model; dbkit converts whole"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("control_model.input_blocks.0.0.weight", "control_model.input_blocks.0.0.weight"),
+        (UNET + "input_blocks.12.0.in_layers.0.bias", "input_blocks.12.0.in_layers.0.bias"),
+        (VAE + "bottleneck.weight", "bottleneck.weight"),
+    ],
+)
+def test_an_unknown_tensor_of_a_file_is_named(file, tmp_path, name, known):
+    path = changed(file, tmp_path / "f.safetensors", lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(
+        DbkitError, match=rf"f\.safetensors has tensors that Stable Diffusion 1 does not know: {known}$"
+    ):
+        convert(path, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_of_many_unknown_tensors_the_first_are_named(file, tmp_path):
+    def add(tensors):
+        tensors.update({f"more.{number:02d}": torch.zeros(1) for number in range(12)})
+
+    path = changed(file, tmp_path / "f.safetensors", add)
+    with pytest.raises(DbkitError, match=r"does not know: more\.00, .*more\.09 and 2 more$"):
+        convert(path, tmp_path / "back")
+
+
+def test_an_unknown_tensor_inside_a_known_module_is_named(file, tmp_path):
+    name = UNET + "middle_block.1.extra.weight"
+    path = changed(file, tmp_path / "f.safetensors", lambda tensors: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(DbkitError, match=r"Unexpected key\(s\) in state_dict: \"mid_block\.attentions\.0\.extra"):
+        convert(path, tmp_path / "back")
+
+
+def test_an_unknown_tensor_of_a_folder_is_named(copied, tmp_path):
+    path = copied / "unet" / WEIGHTS["unet"]
+    write(path, {**load_file(path), "adapter.weight": torch.zeros(1)})
+    with pytest.raises(
+        DbkitError, match=r"copied is not a whole Stable Diffusion 1 model; its unet: .*adapter\.weight"
+    ):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+def test_a_part_of_an_unet_that_stable_diffusion_1_does_not_have_is_named(copied, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        config = {**load_models(copied).unet.config, "class_embed_type": "timestep"}
+        UNet2DConditionModel.from_config(config).save_pretrained(copied / "unet")
+    with pytest.raises(DbkitError, match=r"that Stable Diffusion 1 does not know: unet class_embedding\.linear_1\.\w+"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+MISSING = [
+    (UNET + "input_blocks.0.0.weight", "conv_in.weight"),
+    (UNET + "output_blocks.11.0.out_layers.3.bias", "up_blocks.3.resnets.2.conv2.bias"),
+    (VAE + "decoder.mid.attn_1.q.weight", "decoder.mid_block.attentions.0.to_q.weight"),
+    (TEXT + "text_model.final_layer_norm.bias", "final_layer_norm.bias"),
+]
+
+
+@pytest.mark.parametrize(("original", "name"), MISSING)
+def test_a_missing_tensor_of_a_file_is_named(file, tmp_path, original, name):
+    path = changed(file, tmp_path / "f.safetensors", lambda tensors: tensors.pop(original))
+    with pytest.raises(DbkitError, match=rf"is not a whole Stable Diffusion 1 model; its .*Missing key.*{name}"):
+        convert(path, tmp_path / "back")
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize(
+    ("original", "name"),
+    [
+        *MISSING,
+        (VAE + "encoder.down.1.block.0.conv2.weight", "encoder.down_blocks.1.resnets.0.conv2.weight"),
+        (TEXT + "text_model.embeddings.token_embedding.weight", "embeddings.token_embedding.weight"),
+    ],
+)
+def test_a_missing_tensor_of_a_file_without_metadata_is_named(twelve_heads_tensors, tmp_path, original, name):
+    tensors = {key: tensor for key, tensor in twelve_heads_tensors.items() if key != original}
+    with pytest.raises(DbkitError, match=rf"is not a whole Stable Diffusion 1 model; it.*{name}"):
+        convert(write(tmp_path / "f.safetensors", tensors), tmp_path / "back", tokenizer_name="unused")
+    assert not list(tmp_path.glob("back*"))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("unet", "conv_in.weight"),
+        ("unet", "up_blocks.3.resnets.2.conv2.bias"),
+        ("vae", "decoder.mid_block.attentions.0.to_q.weight"),
+        ("text_encoder", "text_model.final_layer_norm.bias"),
+    ],
+)
+def test_a_missing_tensor_of_a_folder_is_named(copied, tmp_path, part, name):
+    path = copied / part / WEIGHTS[part]
+    write(path, {key: tensor for key, tensor in load_file(path).items() if key != name})
+    named = name.removeprefix("text_model.")
+    with pytest.raises(DbkitError, match=rf"not a whole Stable Diffusion 1 model; its {part}: Missing key.*{named}"):
+        convert(copied, tmp_path / "made.safetensors")
+    assert not (tmp_path / "made.safetensors").exists()
+
+
+# Files from strangers.
+
+
+class Code:
+    """A pickle that would make a folder when loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_is_refused_and_nothing_runs(tmp_path, zipped):
+    path = tmp_path / "evil.ckpt"
+    content = {"state_dict": WHOLE, "more": Code(tmp_path / "ran")}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        DbkitError, match=r"evil\.ckpt holds more than tensors, which could run code when loaded, so it"
+    ):
+        convert(path, tmp_path / "back")
+    assert [left.name for left in tmp_path.iterdir()] == ["evil.ckpt"]
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "ran").is_dir()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+@pytest.mark.parametrize("content", ["half", "empty", "text", "random"])
+def test_a_damaged_file_is_said_in_one_sentence(file, ckpt, tmp_path, suffix, content):
+    path = tmp_path / f"made{suffix}"
+    whole = (file if suffix == ".safetensors" else ckpt).read_bytes()
+    path.write_bytes(
+        {
+            "half": whole[: len(whole) // 2],
+            "empty": b"",
+            "text": b"<html><body>404 not found</body></html>",
+            "random": bytes(range(255, 0, -1)) * 10,
+        }[content]
+    )
+    with pytest.raises(DbkitError, match=rf"made{suffix} is damaged or not a checkpoint \(.+\); download or copy it"):
+        convert(path, tmp_path / "back")
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"state_dict": [1]}, {"state_dict": None}, {"state_dict": {"a": 1}}])
+def test_a_ckpt_without_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "f.ckpt")
+    with pytest.raises(DbkitError, match=r"is damaged or not a checkpoint|is not a Stable Diffusion model"):
+        convert(tmp_path / "f.ckpt", tmp_path / "back")
+
+
+def test_what_reads_back_differently_is_refused(model, tmp_path, monkeypatch):
+    def failing_disk(tensors, path, metadata):
+        save_file({name: tensor + (name == UNET + "out.2.bias") for name, tensor in tensors.items()}, path, metadata)
+
+    monkeypatch.setattr("safetensors.torch.save_file", failing_disk)
+    expected = rf"made\.safetensors reads back differently from its source \({UNET}out\.2\.bias\); the disk may be"
+    with pytest.raises(DbkitError, match=expected):
+        convert(model, tmp_path / "made.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Sources and destinations.
+
+
+def test_a_source_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(DbkitError, match=r"there is no file or folder .*nothing\.safetensors; check the path"):
+        convert(tmp_path / "nothing.safetensors", tmp_path / "back")
+
+
+def test_a_source_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(DbkitError, match=r"gguf is neither a folder nor a \.safetensors or \.ckpt file"):
+        convert(tmp_path / "model.gguf", tmp_path / "back")
+
+
+def test_a_folder_needs_a_file_as_its_destination(model, tmp_path):
+    with pytest.raises(DbkitError, match=r"is a folder, so the destination is a file: end .*made in \.safetensors or"):
+        convert(model, tmp_path / "made")
+
+
+@pytest.mark.parametrize("name", ["made.ckpt", "notes"])
+def test_a_file_needs_a_folder_as_its_destination(file, tmp_path, name):
+    (tmp_path / "notes").touch()
+    with pytest.raises(DbkitError, match=f"the source is a file, so the destination is a folder: .*{name} is not one"):
+        convert(file, tmp_path / name, overwrite=True)
+
+
+def test_an_existing_file_is_only_replaced_when_asked(model, file, tmp_path):
+    made = tmp_path / "made.safetensors"
+    made.write_text("precious")
+    with pytest.raises(DbkitError, match=r"made\.safetensors exists; choose another name, or set overwrite"):
+        convert(model, made)
+    assert made.read_text() == "precious"
+    assert_same_file(file, convert(model, made, overwrite=True))
+
+
+def test_an_existing_model_folder_is_only_replaced_when_asked(model, file, copied):
+    (copied / "unet" / "old").touch()
+    with pytest.raises(DbkitError, match="copied exists; choose another name, or set overwrite"):
+        convert(file, copied)
+    assert (copied / "unet" / "old").exists()
+    convert(file, copied, overwrite=True)
+    assert not (copied / "unet" / "old").exists()
+    assert_same_model(model, copied)
+
+
+def test_a_model_folder_with_other_things_in_it_is_never_replaced(file, copied):
+    inside = copied / "original.safetensors"
+    shutil.copy(file, inside)
+    with pytest.raises(DbkitError, match=r"original\.safetensors lies in .*, which would be replaced"):
+        convert(inside, copied, overwrite=True)
+    with pytest.raises(DbkitError, match=r"holds more than a model \(original.safetensors\), so it is not replaced"):
+        convert(file, copied, overwrite=True)
+    assert inside.exists()
+
+
+def test_a_folder_that_is_no_model_is_never_replaced(file, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dog.jpg").touch()
+    with pytest.raises(DbkitError, match=r"photos holds more than a model \(dog.jpg\), so it is not replaced"):
+        convert(file, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "dog.jpg").exists()
+
+
+def test_an_empty_folder_is_filled(model, file, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert_same_model(model, convert(file, tmp_path / "empty"))
+
+
+def test_a_failed_conversion_keeps_the_old_destination(model, file, copied, tmp_path):
+    path = changed(file, tmp_path / "f.safetensors", lambda tensors: tensors.pop(UNET + "out.2.bias"))
+    with pytest.raises(DbkitError, match="is not a whole Stable Diffusion 1 model"):
+        convert(path, copied, overwrite=True)
+    assert_same_model(model, copied)
+    assert not list(tmp_path.glob("*.partial"))
