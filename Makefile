@@ -5,6 +5,9 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 READY := $(VENV)/ready
 WORKSPACE_OF_TESTS := $(VENV)/workspace
 
+# The models of the tests are so small that one thread is fastest.
+unit notebooks: export OMP_NUM_THREADS = 1
+
 .PHONY: demo test lint unit notebooks docs wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
@@ -38,5 +41,5 @@ clean:
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]" --config-settings editable_mode=compat
 	touch $(READY)

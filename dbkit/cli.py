@@ -26,6 +26,9 @@ _FUNCTIONS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a prompt in another script must not end a training
     try:
         command, config = _parse(sys.argv[1:] if arguments is None else list(arguments))
         module, function = _FUNCTIONS[command]
@@ -34,8 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbkitError as error:
         print(f"dbkit: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"dbkit: {error}; check this path and who may write there", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as interrupt:
-        print(f"dbkit: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
 
 
@@ -56,6 +62,11 @@ def _parse(arguments: list[str]) -> tuple[str, Settings]:
     values = vars(found)
     command, path = values.pop("command"), values.pop("config", None)
     cls = COMMANDS[command]
+    # argparse takes optional positionals up to the first flag only; a later one comes back as unknown.
+    left = [field.name for field in dataclasses.fields(cls) if field.metadata.get("positional")]
+    left = [name for name in left if name not in values]
+    while left and unknown and not unknown[0].startswith("-"):
+        values[left.pop(0)] = unknown.pop(0)
     if unknown:
         raise DbkitError(_unknown_argument(unknown[0], command, cls))
     return command, cls.load(path, **values) if path else cls.from_dict(values)
@@ -75,7 +86,8 @@ def _add_command(commands: Any, name: str, cls: type[Settings]) -> None:
         if kind is bool:
             command.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, **options)
         else:
-            metavar = type_name(kind).partition(",")[0].upper().replace(" ", "_")
+            named = type_name(kind).partition(",")[0]
+            metavar = f"{{{named.replace(' / ', ',')}}}" if " / " in named else named.upper().replace(" ", "_")
             action = "append" if is_several(kind) else "store"
             command.add_argument(*flags, dest=field.name, metavar=metavar, action=action, **options)
 

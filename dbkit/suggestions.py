@@ -12,11 +12,14 @@ from dbkit.dataset import REPORT
 from dbkit.demo import RESOLUTION, SAMPLE, data_templates, make_random_model
 from dbkit.errors import DbkitError
 from dbkit.images import list_images
-from dbkit.models import choose_device, model_facts
+from dbkit.libraries import choose_device
+from dbkit.models import model_facts
 from dbkit.settings import Settings, read_yaml
 from dbkit.workspace import Workspace
 
 # The base model where there is a GPU and nothing was converted yet.
+# What the notebooks make to be tried with: never the base of real work.
+_SAMPLES = ("small-random", "sample-diffusers")
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -45,12 +48,14 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
         source = (
             workspace.newest("models/*.safetensors") or workspace.newest("models/*.ckpt") or _sample_file(workspace)
         )
-        return {"source": source, "destination": Path("models") / source.stem, "overwrite": True}
+        return {"source": source, "destination": Path("models") / f"{source.stem}-diffusers", "overwrite": True}
     return {}
 
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:
-    source = workspace.newest("photos/*") or data_templates() / SAMPLE
+    photos = workspace.path / "photos"
+    newest = workspace.newest("photos/*/") or workspace.newest("photos/*.zip")
+    source = photos if list_images(photos) else newest or data_templates() / SAMPLE
     return {
         "source": source,
         "destination": Path("datasets") / source.stem,
@@ -79,10 +84,12 @@ def _for_preview(workspace: Workspace) -> dict[str, Any]:
     model = _finished_model(workspace)
     if model is None:
         return {"model": _base_model(workspace)[0], "prompt": ["photo of a robot"], "output": "preview.png"}
-    run = read_yaml(model.parent / "settings.yaml")
+    settings = model.parent / "settings.yaml"
+    run = read_yaml(settings) if settings.exists() else {}
     prompts = [run[name] for name in ("instance_prompt", "test_prompt", "class_prompt") if run.get(name)]
     if run.get("use_txt_as_label"):
-        images = list_images(Path(run["instance_data_dir"])) if Path(run["instance_data_dir"]).is_dir() else []
+        data = Path(run.get("instance_data_dir", ""))
+        images = list_images(data) if data.is_dir() else []
         prompts = [read_caption(path) or "" for path in images[:1]] + prompts
     return {"model": model, "prompt": prompts, "output": model.parent / "preview.png"}
 
@@ -95,14 +102,19 @@ def _finished_model(workspace: Workspace) -> Path | None:
 def _base_model(workspace: Workspace) -> tuple[str, int]:
     """The base model that was converted last, or one that suits the machine, and the size of its pictures."""
     index = workspace.newest("models/*/model_index.json")
-    if index is None and choose_device("auto").type != "cpu":
+    if (index is None or index.parent.name in _SAMPLES) and choose_device("auto").type != "cpu":
         return BASE_MODEL, 512
-    folder = index.parent if index else make_random_model(workspace.path / "models" / "small-random")
+    folder = index.parent if index else _small_model(workspace)
     try:
         facts = model_facts(folder)
     except DbkitError:
         return str(folder), 512  # the notebook's own check says what is wrong with it
     return str(folder), facts.resolution if facts else 512
+
+
+def _small_model(workspace: Workspace) -> Path:
+    folder = workspace.path / "models" / _SAMPLES[0]
+    return folder if (folder / "model_index.json").exists() else make_random_model(folder)
 
 
 def _is_small(model: str) -> bool:
@@ -112,4 +124,4 @@ def _is_small(model: str) -> bool:
 def _sample_file(workspace: Workspace) -> Path:
     """A single-file checkpoint to try the conversion with."""
     path = workspace.path / "models" / "sample.safetensors"
-    return convert(_base_model(workspace)[0], path)
+    return convert(_small_model(workspace), path)

@@ -1,8 +1,12 @@
 """What the tests share: a small model of the real classes, a few drawn photographs, and short training settings."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+
+# Before the Hub's library is imported, which reads it once: no test asks the network for anything.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -20,7 +24,8 @@ def workspace_folder(tmp_path, monkeypatch):
     """Every test has a workspace of its own, and never the user's."""
     folder = tmp_path / "workspace"
     monkeypatch.setenv("DBKIT_WORKSPACE", str(folder))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    # Relative paths of a test land in its own folder too.
+    monkeypatch.chdir(tmp_path)
     return folder
 
 

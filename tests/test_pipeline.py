@@ -39,7 +39,9 @@ def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tens
     assert find_fault(trained / "model") is None
     assert [line["step"] for line in read_log(trained / "log.jsonl")] == [1, 4]
     assert sorted(path.name for path in (trained / "previews").glob("*.png"))[-1] == "step_000004.png"
-    assert (trained / "preview.png").stat().st_size and (seeded / "models" / "sample" / "model_index.json").exists()
+    assert (trained / "preview.png").stat().st_size and (
+        seeded / "models" / "sample-diffusers" / "model_index.json"
+    ).exists()
     assert len(list(seeded.glob("class_images/*/class-*.png"))) == 2
     back = dbkit.convert(seeded / "exports" / "robot.safetensors", tmp_path / "back")
     for part, name in dbkit.models.WEIGHTS.items():
@@ -50,6 +52,6 @@ def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tens
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_each_runs_alone_in_a_fresh_workspace(path, seeded):
     run(path)
-    made = {"2": "models/sample/model_index.json", "3": "datasets/robot/report.json"}
+    made = {"2": "models/sample-diffusers/model_index.json", "3": "datasets/robot/report.json"}
     made |= {"4": "runs/robot/model/model_index.json", "5": "exports/small-random.safetensors"}
     assert (seeded / made[path.stem[0]]).exists()

@@ -38,7 +38,7 @@ def test_a_checkpoint_file_in_models_is_what_is_converted(workspace):
     path = workspace.path / "models" / "mine.ckpt"
     path.write_bytes(b"")
     values = suggest(ConvertConfig, workspace, "convert")
-    assert values["source"] == path and values["destination"].name == "mine"
+    assert values["source"] == path and values["destination"].name == "mine-diffusers"
 
 
 def test_a_converted_model_is_what_is_trained_at_its_own_size(workspace, model):
