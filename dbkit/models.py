@@ -105,11 +105,14 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
                 "take the plain model of the same family"
             )
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        return Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
+        facts = Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
     except (KeyError, TypeError) as error:
         raise DbkitError(
             f"the settings of {folder} are not those of a model ({error}); copy the model again"
         ) from error
+    if facts.prediction_type not in ("epsilon", "v_prediction"):
+        raise DbkitError(f"{folder} predicts {facts.prediction_type!r}; dbkit trains models of epsilon or v_prediction")
+    return facts
 
 
 def _require_hub_id(name: str) -> None:

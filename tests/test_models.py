@@ -377,6 +377,12 @@ def test_a_missing_weight_is_named_and_never_made_up(copied, part):
         load_models(copied)
 
 
+def test_a_model_of_another_prediction_type_is_refused_before_it_is_loaded(copied):
+    change_json(copied / "scheduler" / "scheduler_config.json", prediction_type="sample")
+    with pytest.raises(DbkitError, match="predicts 'sample'; dbkit trains models of epsilon or v_prediction"):
+        model_facts(copied)
+
+
 def test_a_run_is_told_from_its_model(copied, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
