@@ -565,7 +565,7 @@ def test_a_model_that_predicts_something_else_is_refused(settings, model, tmp_pa
     folder = shutil.copytree(model, tmp_path / "sample")
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "sample"}))
-    with pytest.raises(DbkitError, match="the model predicts 'sample'"):
+    with pytest.raises(DbkitError, match="predicts 'sample'; dbkit trains models of epsilon or v_prediction"):
         train(**{**settings, "pretrained_model_name_or_path": str(folder)})
 
 
