@@ -45,6 +45,12 @@ def v_model(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def copied(model, tmp_path):
+    """A copy of the small model that a test may change."""
+    return shutil.copytree(model, tmp_path / "copied")
+
+
 def draw_photo(path: Path, size=(96, 80), colour="teal") -> Path:
     """Save a picture with something off-centre in it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -62,12 +62,6 @@ def ckpt(model, tmp_path_factory) -> Path:
     return convert(model, tmp_path_factory.mktemp("files") / "small.ckpt")
 
 
-@pytest.fixture
-def copied(model, tmp_path):
-    """A copy of the small model that a test may change."""
-    return shutil.copytree(model, tmp_path / "copied")
-
-
 def metadata_of(path: Path) -> dict[str, str]:
     with safe_open(path, "pt") as opened:
         return opened.metadata()

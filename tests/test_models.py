@@ -30,12 +30,6 @@ CPU = torch.device("cpu")
 TEXTS = ("photo of zwx dog", "Ein Bär, ganz groß!", "犬の写真 🐕", "")
 
 
-@pytest.fixture
-def copied(model, tmp_path):
-    """A copy of the small model that a test may change."""
-    return shutil.copytree(model, tmp_path / "copied")
-
-
 def change_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 

@@ -1,26 +1,11 @@
 """CLIP's tokenizer from its folder, from its tables, and where it is missing."""
 
-import json
-import shutil
-
 import pytest
-import torch
 
 from dbkit import DbkitError
 from dbkit.tokenizer import CLIP_TOKENIZER, load_tokenizer, load_tokenizer_tables, tokenizer_tables
 
-CPU = torch.device("cpu")
 TEXTS = ("photo of zwx dog", "Ein Bär, ganz groß!", "犬の写真 🐕", "")
-
-
-@pytest.fixture
-def copied(model, tmp_path):
-    """A copy of the small model that a test may change."""
-    return shutil.copytree(model, tmp_path / "copied")
-
-
-def change_json(path, **changes):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 @pytest.fixture
