@@ -1,14 +1,15 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
-Five functions do the main job; each takes its settings object, or the settings by name. Heavy libraries are imported
-when a function is called.
+Five functions do the main job, and evaluate() measures what came of it; each takes its settings object, or the settings
+by name. Heavy libraries are imported when a function is called.
 """
 
 from dbkit.class_images import generate_class_images
-from dbkit.config import ClassImagesConfig, ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit.config import ClassImagesConfig, ConvertConfig, EvaluateConfig, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
+from dbkit.evaluate import evaluate
 from dbkit.preview import preview
 from dbkit.train import train
 from dbkit.workspace import describe_machine, open_workspace
@@ -18,11 +19,13 @@ __all__ = [
     "ClassImagesConfig",
     "ConvertConfig",
     "DbkitError",
+    "EvaluateConfig",
     "PrepareConfig",
     "PreviewConfig",
     "TrainConfig",
     "convert",
     "describe_machine",
+    "evaluate",
     "generate_class_images",
     "open_workspace",
     "prepare_dataset",

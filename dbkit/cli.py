@@ -19,6 +19,7 @@ _FUNCTIONS = {
     "class-images": ("dbkit.class_images", "generate_class_images"),
     "train": ("dbkit.train", "train"),
     "preview": ("dbkit.preview", "preview"),
+    "evaluate": ("dbkit.evaluate", "evaluate"),
     "convert": ("dbkit.convert", "convert"),
     "demo": ("dbkit.demo", "demo"),
 }

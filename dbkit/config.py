@@ -63,7 +63,7 @@ class TrainConfig(Settings):
 
     pretrained_model_name_or_path: str = setting(
         ...,
-        "the base model: a diffusers folder (notebook 2 makes one from a checkpoint file) or a Hugging Face id",
+        "the base model: a diffusers folder (notebook 2 makes one from a checkpoint file), a Hugging Face id, or tiny-sd, which dbkit carries",
     )
     instance_data_dir: Path = setting(..., "folder with the images to learn")
     output_dir: Path | None = setting(
@@ -203,6 +203,13 @@ class TrainConfig(Settings):
         advanced=True,
     )
     test_num_per_prompt: int = setting(1, "preview pictures for each prompt", min=1, max=64, advanced=True)
+    guidance_scale: float = setting(
+        7.5,
+        "classifier-free guidance (arXiv:2207.12598) of the class images and previews; 1 is off",
+        min=1,
+        max=50,
+        advanced=True,
+    )
     sample_batch_size: int = setting(4, "class images and previews generated at once", min=1, max=256, advanced=True)
     log_interval: int = setting(
         10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
@@ -301,6 +308,51 @@ class PreviewConfig(Settings):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig(Settings):
+    """Measure a trained model against its base: subject fidelity, prompt fidelity and drift, with pictures before and after."""
+
+    model: Path = setting(..., "the trained model: a run's model/ or one of its checkpoints/", positional=True)
+    prompt: tuple[str, ...] = setting(
+        (),
+        "prompts to sample; empty: the instance prompt in six places, or the first six captions; on the command line give the flag once for each",
+    )
+    num_per_prompt: int = setting(4, "pictures for each prompt; figures of few pictures are rough", min=1, max=64)
+    output: Path | None = setting(None, "the grid of before and after; empty: beside the model")
+    pretrained_model_name_or_path: str | None = setting(None, "the base model; empty: that of the run's settings.yaml")
+    instance_data_dir: Path | None = setting(
+        None, "the images that were learnt; empty: those of the run's settings.yaml"
+    )
+    instance_prompt: str | None = setting(None, "prompt with the identifier; empty: that of the run's settings.yaml")
+    class_prompt: str | None = setting(
+        None, "prompt of the class, of which the drift is measured; empty: that of the run's settings.yaml"
+    )
+    seed: int = setting(42, "seed of the pictures, the same before and after", min=0, max=2**63 - 1)
+    guidance_scale: float | None = setting(
+        None,
+        "classifier-free guidance (arXiv:2207.12598); 1 is off; empty: that of the run's settings.yaml, or 7.5",
+        min=1,
+        max=50,
+    )
+    num_inference_steps: int = setting(25, "denoising steps for each picture", min=1, max=1000)
+    resolution: int | None = setting(None, "side of the pictures, in pixels; empty: the model's own", min=8, max=4096)
+    clip: str | None = setting(
+        None,
+        "CLIP model, folder or Hugging Face id; empty: openai/clip-vit-base-patch32, or the embedded model's own",
+        advanced=True,
+    )
+    dino: str | None = setting(
+        None,
+        "DINO model, folder or Hugging Face id; empty: facebook/dino-vits16, or the embedded model's own",
+        advanced=True,
+    )
+    sample_batch_size: int = setting(4, "pictures made at once", min=1, max=256, advanced=True)
+    mixed_precision: PRECISIONS = setting(
+        "auto", "arithmetic: auto takes bf16 or fp16 where the GPU is good at it", advanced=True
+    )
+    device: DEVICES = setting("auto", "where to compute: auto takes a GPU if there is one", advanced=True)
+
+
+@dataclass(frozen=True)
 class ConvertConfig(Settings):
     """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file that user interfaces load."""
 
@@ -320,10 +372,10 @@ class ConvertConfig(Settings):
 
 @dataclass(frozen=True)
 class DemoConfig(Settings):
-    """Run the whole main job on a small model and sample photographs: prepare, class images, train, preview, convert."""
+    """Teach the embedded model a subject: prepare, class images, train, pictures before and after, convert."""
 
     folder: Path | None = setting(None, "where everything goes; empty: demo in the workspace")
-    max_train_steps: int = setting(60, "optimizer steps of the training", min=1)
+    max_train_steps: int | None = setting(None, "optimizer steps of the training; empty: what suits the model", min=1)
 
 
 COMMANDS: dict[str, type[Settings]] = {
@@ -331,6 +383,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "class-images": ClassImagesConfig,
     "train": TrainConfig,
     "preview": PreviewConfig,
+    "evaluate": EvaluateConfig,
     "convert": ConvertConfig,
     "demo": DemoConfig,
 }

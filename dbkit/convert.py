@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import keys
 from dbkit.config import ConvertConfig
+from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
 from dbkit.families import original_shapes, refuse_other_families, sd1_configs
 from dbkit.files import full_disk_is_a_sentence, require_space, whole_file
 from dbkit.libraries import library_errors, quiet
 from dbkit.models import PARTS, TEXT_PREFIX, Models, model_facts, read_config, read_weights, save_models
-from dbkit.settings import configured_by
+from dbkit.settings import configured_by, replace
 from dbkit.tokenizer import load_tokenizer, load_tokenizer_tables, tokenizer_tables
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def convert(config: ConvertConfig) -> Path:
     The direction follows from the source. What was written is read back, renamed the other way and compared with the
     source tensor by tensor before it takes its final name. Raises DbkitError for other families and damaged files.
     """
+    config = replace(config, source=local_folder(config.source))
     if config.source.is_dir():
         return _to_file(config)
     if not config.source.is_file():

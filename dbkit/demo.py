@@ -1,130 +1,101 @@
-"""The main job on what dbkit carries: a small random model and sample pictures. No download, no GPU."""
+"""The main job on what dbkit carries: a subject that the embedded model has never seen. No download, no GPU."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbkit import embedded
 from dbkit.checkpoint import find_fault
 from dbkit.class_images import generate_class_images
 from dbkit.config import DemoConfig
 from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
-from dbkit.libraries import quiet
-from dbkit.models import Models, save_models
-from dbkit.preview import preview
+from dbkit.evaluate import Evaluation, evaluate
+from dbkit.log import read_log
 from dbkit.settings import configured_by, read_yaml
-from dbkit.tokenizer import load_tokenizer_tables
 from dbkit.train import train
 from dbkit.workspace import default_folder
-
-# The sample subject, and the size that the small model works at.
-SAMPLE = "robot"
-RESOLUTION = 64
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo made."""
+    """What the demo made, what it measured, and how many seconds each part took."""
 
-    grid: Path
+    evaluation: Evaluation
     model: Path
     checkpoint: Path
+    seconds: dict[str, float]
 
     def __str__(self) -> str:
-        return f"preview grid: {self.grid}\nmodel folder: {self.model}\ncheckpoint:   {self.checkpoint}"
+        parts = ", ".join(f"{part} {seconds:.0f} s" for part, seconds in self.seconds.items())
+        return f"{self.evaluation}\nmodel folder:     {self.model}\ncheckpoint:       {self.checkpoint}\n{parts}"
 
 
 @configured_by(DemoConfig)
 def demo(config: DemoConfig) -> Demo:
-    """Prepare, generate class images, train, preview and convert, on the small random model and the sample subject."""
+    """Prepare, generate class images, train, sample before and after, and convert, with the embedded model."""
     folder = config.folder or default_folder() / "demo"
+    subject = read_yaml(embedded.data_templates() / "train_object.yaml")
     print(
-        "The demo's model is small and its weights are random: it shows that every step runs and what each one makes.\n"
-        "Its pictures are patterns, not subjects; for those, train a pretrained model."
+        "The demo teaches dbkit's own small model a subject that it has never seen: a "
+        f"{embedded.SAMPLE}. The model draws {embedded.RESOLUTION} px pictures."
     )
-    base = folder / "models" / "small-random"
-    if not (base / "model_index.json").exists():
-        make_random_model(base)
-    subject = read_yaml(data_templates() / "train_object.yaml")
-    print(prepare_dataset(data_templates() / SAMPLE, folder / "datasets" / SAMPLE, resolution=RESOLUTION))
-    settings = {"pretrained_model_name_or_path": str(base), "resolution": RESOLUTION, "num_class_images": 8}
-    settings |= {name: subject[name] for name in ("class_prompt",)} | {"class_data_dir": folder / "class_images"}
-    print(generate_class_images(**settings))
-    run = folder / "runs" / SAMPLE
+    clock = _Clock()
+    data, run = folder / "datasets" / embedded.SAMPLE, folder / "runs" / embedded.SAMPLE
+    prepared = prepare_dataset(embedded.data_templates() / embedded.SAMPLE, data, resolution=embedded.RESOLUTION)
+    print(prepared)
+    clock.lap("prepare")
+    settings = {
+        "pretrained_model_name_or_path": embedded.NAME,
+        "resolution": embedded.RESOLUTION,
+        "class_prompt": subject["class_prompt"],
+        "class_data_dir": folder / "class_images",
+        "num_class_images": embedded.TRAINING["num_class_images"],
+        "guidance_scale": embedded.GUIDANCE_SCALE,
+    }
+    generate_class_images(**settings)
+    clock.lap("class images")
+    training = {**embedded.TRAINING, **settings}
+    done = max((line["step"] for line in read_log(run / "log.jsonl")), default=0)
+    if config.max_train_steps:
+        training["max_train_steps"] = config.max_train_steps
     model = train(
-        **settings,
-        instance_data_dir=folder / "datasets" / SAMPLE,
+        **training,
+        instance_data_dir=data,
         instance_prompt=subject["instance_prompt"],
         with_prior_preservation=True,
         output_dir=run,
-        max_train_steps=config.max_train_steps,
-        learning_rate=1e-3,
-        save_model_every_n_steps=max(1, config.max_train_steps // 2),
+        save_model_every_n_steps=None,
+        auto_test_model=False,  # the pictures before and after show more
     )
-    prompts = (subject["instance_prompt"], subject["class_prompt"])
-    grid = preview(model, prompt=prompts, output=run / "preview.png").grid
-    checkpoint = convert(model, folder / "exports" / f"{SAMPLE}.safetensors", overwrite=True)
-    assert find_fault(model) is None and checkpoint.stat().st_size and grid.stat().st_size
-    return Demo(grid, model, checkpoint)
+    clock.lap("training")
+    clock.split("training", "loading, caching and saving", _steps_took(run, done))
+    evaluation = evaluate(model)
+    clock.lap("pictures before and after")
+    checkpoint = convert(model, folder / "exports" / f"{embedded.SAMPLE}.safetensors", overwrite=True)
+    clock.lap("export")
+    assert find_fault(model) is None and checkpoint.stat().st_size and evaluation.grid.stat().st_size
+    return Demo(evaluation, model, checkpoint, clock.seconds)
 
 
-def data_templates() -> Path:
-    """The sample pictures and settings: beside the package in a checkout, inside it once installed."""
-    here = Path(__file__).parent
-    return next(path for path in (here / "data_templates", here.parent / "data_templates") if path.is_dir())
+def _steps_took(run: Path, done: int) -> float:
+    """The seconds of the optimizer steps alone that were taken after those done before, by the run's log."""
+    lines = read_log(run / "log.jsonl")
+    counts = [line["step"] - before for line, before in zip(lines, [0, *(line["step"] for line in lines)])]
+    return sum(line["seconds_per_step"] * count for line, count in zip(lines, counts) if line["step"] > done)
 
 
-def make_random_model(folder: Path, seed: int = 0) -> Path:
-    """Write a small model of the real classes with random weights, in the layout of Stable Diffusion 1.
+class _Clock:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
 
-    Same block types, levels and tensor names as the real one, about 1/8 of its width, for 64 px pictures.
-    """
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel
+    def lap(self, part: str) -> None:
+        self.seconds[part], self._since = time.monotonic() - self._since, time.monotonic()
 
-    with quiet():
-        from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel
-
-    from dbkit.families import sd1_scheduler
-
-    alphabet = sorted(ByteLevel.alphabet())
-    words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = load_tokenizer_tables(
-        {word: number for number, word in enumerate(words)},
-        [],
-        {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
-    )
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(words),
-                hidden_size=64,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                bos_token_id=len(words) - 2,
-                eos_token_id=len(words) - 1,
-                pad_token_id=len(words) - 1,
-            )
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(32, 64, 96, 96),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            latent_channels=4,
-            sample_size=RESOLUTION,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=RESOLUTION // 8,
-            block_out_channels=(32, 64, 96, 96),
-            cross_attention_dim=64,
-            attention_head_dim=8,
-        )
-    scheduler_config = sd1_scheduler()
-    models = Models(tokenizer, text_encoder, vae, unet, DDPMScheduler.from_config(scheduler_config), scheduler_config)
-    save_models(models, folder)
-    return folder
+    def split(self, part: str, rest: str, seconds: float) -> None:
+        """Of a part's time, what is known to be its own; the rest goes under another name."""
+        seconds = min(seconds, self.seconds[part])
+        self.seconds |= {rest: self.seconds[part] - seconds, part: seconds}

@@ -14,6 +14,7 @@ from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 import ipywidgets as widgets
 from traitlets import TraitError
 
+from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
 from dbkit.settings import Settings, field_type, is_optional, is_several, read_yaml
@@ -47,7 +48,7 @@ class Form(widgets.VBox, Generic[Config]):
         folded = widgets.VBox(rows[True], layout=widgets.Layout(display="none"))
         more = widgets.Checkbox(value=False, description="more settings", indent=False)
         more.observe(lambda change: setattr(folded.layout, "display", None if change["new"] else "none"), "value")
-        super().__init__([*rows[False], *([more, folded] if rows[True] else []), self._message])
+        super().__init__([*_note(suggested), *rows[False], *([more, folded] if rows[True] else []), self._message])
         self._check()
 
     def read(self) -> Config:
@@ -123,6 +124,19 @@ class Form(widgets.VBox, Generic[Config]):
             self._message.value = (
                 f"<span style='color:firebrick'>{html.escape(str(error)).replace(chr(10), '<br>')}</span>"
             )
+
+
+def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:
+    """Says so where the form suggests the embedded model."""
+    base = suggested.get("pretrained_model_name_or_path")
+    if not base or not embedded.is_embedded(base):
+        return []
+    return [
+        widgets.HTML(
+            "The model suggested here is dbkit's own small one, which needs no GPU and draws "
+            f"{embedded.RESOLUTION} px pictures."
+        )
+    ]
 
 
 def _shown(value: Any, box: widgets.Widget) -> Any:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
 from dbkit.files import full_disk_is_a_sentence, share, write_text
 from dbkit.libraries import hub_options, loading, quiet
@@ -75,7 +76,7 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
 
     Raises DbkitError when a part is missing or the model is of a family that dbkit cannot train yet.
     """
-    folder = Path(name_or_path)
+    folder = local_folder(name_or_path)
     if folder.is_file():
         raise DbkitError(
             f"{folder} is a single file; convert it first: dbkit convert {folder} {folder.with_suffix('')}"
@@ -163,6 +164,7 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextModel
 
+    name_or_path = folder if (folder := local_folder(name_or_path)).is_dir() else name_or_path
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if model_facts(name_or_path) is None:
         options |= hub_options(str(name_or_path))
@@ -324,7 +326,7 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
     Any training changes every weight, so 16 samples of 64 KB from each file are enough, and a 4 GB model on Drive
     is told apart in a second.
     """
-    folder = Path(name_or_path)
+    folder = local_folder(name_or_path)
     if not folder.is_dir():
         return f"{name_or_path}@{revision or 'main'}"
     digest = hashlib.sha256()

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from dbkit import embedded
 from dbkit.captions import read_caption
 from dbkit.config import ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.convert import convert
 from dbkit.dataset import REPORT
-from dbkit.demo import RESOLUTION, SAMPLE, data_templates, make_random_model
+from dbkit.embedded import SAMPLE, data_templates
 from dbkit.errors import DbkitError
 from dbkit.images import list_images
 from dbkit.libraries import choose_device
@@ -17,16 +18,16 @@ from dbkit.models import model_facts
 from dbkit.settings import Settings, read_yaml
 from dbkit.workspace import Workspace
 
+# What the notebooks convert to be tried with: never the base of real work.
+_CONVERTED_SAMPLE = "sample-diffusers"
 # The base model where there is a GPU and nothing was converted yet.
-# What the notebooks make to be tried with: never the base of real work.
-_SAMPLES = ("small-random", "sample-diffusers")
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
 def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, Any]:
     """Values for some of the settings of a form. Paths in the workspace are relative to it.
 
-    Without photographs the sample subject is suggested, without a model and a GPU the small random one, so that every
+    Without photographs the sample subject is suggested, without a model and a GPU the embedded one, so that every
     notebook runs from an empty workspace. name tells the two forms of one class apart: convert and export.
     """
     if cls is PrepareConfig:
@@ -36,7 +37,7 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     if cls is PreviewConfig:
         return _for_preview(workspace)
     if cls is ConvertConfig and name == "export":
-        model = _finished_model(workspace) or Path(_base_model(workspace)[0])
+        model = _finished_model(workspace) or _local_base(workspace)
         stem = model.parent.name if model.name == "model" else model.name
         return {
             "source": model,
@@ -74,16 +75,16 @@ def _for_train(workspace: Workspace) -> dict[str, Any]:
         values |= {name: value for name, value in sample.items() if name != "instance_data_dir"}
     elif all(read_caption(path) for path in list_images(dataset)):
         values["use_txt_as_label"] = True
-    if _is_small(base):
-        # A minute on two cores, enough to see every part work.
-        values |= {"max_train_steps": 60, "num_class_images": 8, "learning_rate": 1e-3, "save_model_every_n_steps": 30}
+    if embedded.is_embedded(base):
+        values |= {**embedded.TRAINING, "save_model_every_n_steps": embedded.TRAINING["max_train_steps"] // 2}
     return values
 
 
 def _for_preview(workspace: Workspace) -> dict[str, Any]:
     model = _finished_model(workspace)
     if model is None:
-        return {"model": _base_model(workspace)[0], "prompt": ["photo of a robot"], "output": "preview.png"}
+        base = _local_base(workspace)
+        return {"model": base, "prompt": ["photo of a dog"], "output": "preview.png", **_guidance(base, {})}
     settings = model.parent / "settings.yaml"
     run = read_yaml(settings) if settings.exists() else {}
     prompts = [run[name] for name in ("instance_prompt", "test_prompt", "class_prompt") if run.get(name)]
@@ -91,7 +92,12 @@ def _for_preview(workspace: Workspace) -> dict[str, Any]:
         data = Path(run.get("instance_data_dir", ""))
         images = list_images(data) if data.is_dir() else []
         prompts = [read_caption(path) or "" for path in images[:1]] + prompts
-    return {"model": model, "prompt": prompts, "output": model.parent / "preview.png"}
+    return {"model": model, "prompt": prompts, "output": model.parent / "preview.png", **_guidance(model, run)}
+
+
+def _guidance(model: Path, run: dict[str, Any]) -> dict[str, Any]:
+    suited = run.get("guidance_scale") or (embedded.GUIDANCE_SCALE if embedded.is_embedded(model) else None)
+    return {"guidance_scale": [suited]} if suited else {}
 
 
 def _finished_model(workspace: Workspace) -> Path | None:
@@ -102,26 +108,23 @@ def _finished_model(workspace: Workspace) -> Path | None:
 def _base_model(workspace: Workspace) -> tuple[str, int]:
     """The base model that was converted last, or one that suits the machine, and the size of its pictures."""
     index = workspace.newest("models/*/model_index.json")
-    if (index is None or index.parent.name in _SAMPLES) and choose_device("auto").type != "cpu":
+    if (index is None or index.parent.name == _CONVERTED_SAMPLE) and choose_device("auto").type != "cpu":
         return BASE_MODEL, 512
-    folder = index.parent if index else _small_model(workspace)
+    name = str(index.parent) if index else embedded.NAME
     try:
-        facts = model_facts(folder)
+        facts = model_facts(name)
     except DbkitError:
-        return str(folder), 512  # the notebook's own check says what is wrong with it
-    return str(folder), facts.resolution if facts else 512
+        return name, 512  # the notebook's own check says what is wrong with it
+    return name, facts.resolution if facts else 512
 
 
-def _small_model(workspace: Workspace) -> Path:
-    folder = workspace.path / "models" / _SAMPLES[0]
-    return folder if (folder / "model_index.json").exists() else make_random_model(folder)
-
-
-def _is_small(model: str) -> bool:
-    return Path(model).is_dir() and model_facts(model).resolution <= RESOLUTION
+def _local_base(workspace: Workspace) -> Path:
+    """A base model that lies here: what is previewed or exported before anything was trained."""
+    folder = embedded.local_folder(_base_model(workspace)[0])
+    return folder if folder.is_dir() else embedded.MODEL
 
 
 def _sample_file(workspace: Workspace) -> Path:
     """A single-file checkpoint to try the conversion with."""
     path = workspace.path / "models" / "sample.safetensors"
-    return convert(_small_model(workspace), path)
+    return convert(embedded.MODEL, path)

@@ -341,6 +341,7 @@ def _preview(
             prompts,
             output=run / "previews" / f"step_{step:06d}.png",
             seeds=range(config.test_seed, config.test_seed + config.test_num_per_prompt),
+            guidance_scales=(config.guidance_scale,),
             negative_prompt=config.test_negative_prompt,
             side=config.resolution,
             steps=25,

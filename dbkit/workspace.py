@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import size
 from dbkit.settings import Settings, field_type, is_path
@@ -53,7 +54,7 @@ class Workspace:
         changes = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
-            if is_path(field_type(type(config), field.name)) and value is not None:
+            if is_path(field_type(type(config), field.name)) and value not in (None, Path(embedded.NAME)):
                 changes[field.name] = self.path / value
         for name in ("pretrained_model_name_or_path", "tokenizer_name"):
             value = getattr(config, name, None)

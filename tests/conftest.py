@@ -10,10 +10,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from PIL import Image, ImageDraw
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dbkit import TrainConfig
-from dbkit.demo import make_random_model
+from dbkit.families import sd1_scheduler
+from dbkit.libraries import quiet
+from dbkit.models import Models, save_models
+from dbkit.tokenizer import load_tokenizer_tables
 
 # Bitwise comparisons hold for one number of threads at a time, and so small a model is fastest on one.
 torch.set_num_threads(1)
@@ -91,3 +97,50 @@ def settings(model, photos, tmp_path) -> dict:
 def config(settings) -> TrainConfig:
     """The short training as a settings object."""
     return TrainConfig(**settings)
+
+
+def make_random_model(folder: Path, seed: int = 0) -> Path:
+    """Write a small model of the real classes with random weights, in the layout of Stable Diffusion 1.
+
+    Same block types, levels and tensor names as the real one, about 1/8 of its width, for 64 px pictures. Where a test
+    asks whether something runs and not whether anything is learnt, it is enough.
+    """
+    alphabet = sorted(ByteLevel.alphabet())
+    words = [*alphabet, *(letter + "</w>" for letter in alphabet), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = load_tokenizer_tables(
+        {word: number for number, word in enumerate(words)},
+        [],
+        {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
+    )
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(words),
+                hidden_size=64,
+                intermediate_size=256,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                bos_token_id=len(words) - 2,
+                eos_token_id=len(words) - 1,
+                pad_token_id=len(words) - 1,
+            )
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(32, 64, 96, 96),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=64,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64, 96, 96),
+            cross_attention_dim=64,
+            attention_head_dim=8,
+        )
+    scheduler_config = sd1_scheduler()
+    models = Models(tokenizer, text_encoder, vae, unet, DDPMScheduler.from_config(scheduler_config), scheduler_config)
+    save_models(models, folder)
+    return folder
