@@ -4,6 +4,7 @@ import dataclasses
 
 import ipywidgets
 import pytest
+import torch
 import yaml
 
 from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig, open_workspace
@@ -103,3 +104,15 @@ def test_a_kept_choice_that_no_longer_exists_is_named(workspace):
 def test_kept_names_that_are_no_settings_do_not_hide_the_form(workspace):
     workspace.settings_file("prepare").write_text("gone: 1\nresolution: 64\n", encoding="utf-8")
     assert form(PrepareConfig, workspace).read().resolution == 64
+
+
+def test_without_a_gpu_and_a_model_the_form_says_that_it_suggests_the_embedded_one(workspace, monkeypatch):
+    monkeypatch.setattr("dbkit.suggestions.choose_device", lambda name: torch.device("cpu"))
+
+    def first_line():
+        return getattr(form(TrainConfig, workspace).children[0], "value", "")
+
+    assert first_line() == ""
+    (workspace.path / "models" / "mine").unlink()
+    assert first_line().startswith("The model suggested here is dbkit's own small one, which needs no GPU")
+    assert form(TrainConfig, workspace)._inputs["pretrained_model_name_or_path"].value == "tiny-sd"

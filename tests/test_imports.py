@@ -13,8 +13,8 @@ PACKAGE = Path(dbkit.__file__).parent
 
 # A module imports only from those before it.
 LISTED = """
-    errors files settings config workspace draws images captions dataset examples libraries tokenizer
-    models sampling class_images cache losses checkpoint resume log optimizers preview train keys families
+    errors files embedded settings config workspace draws images captions dataset examples libraries tokenizer
+    models sampling class_images cache losses checkpoint resume log optimizers preview evaluate train keys families
     convert demo suggestions forms cli
 """
 ORDER = LISTED.split()

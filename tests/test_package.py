@@ -22,10 +22,12 @@ def wheel(tmp_path_factory):
     return next(folder.glob("dbkit-*.whl"))
 
 
-def test_the_wheel_carries_the_sample_pictures_and_every_module(wheel):
+def test_the_wheel_carries_the_embedded_model_the_sample_pictures_and_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in [*(ROOT / "dbkit").glob("*.py")]:
         assert f"dbkit/{path.name}" in names
+    for path in (ROOT / "dbkit" / "assets").rglob("*.*"):
+        assert path.relative_to(ROOT).as_posix() in names
     for path in (ROOT / "data_templates").rglob("*.*"):
         assert f"dbkit/data_templates/{path.relative_to(ROOT / 'data_templates').as_posix()}" in names
 

@@ -1,20 +1,32 @@
 """What forms show before anyone has chosen follows from what is in the workspace."""
 
 import pytest
+import torch
 
-from dbkit import ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig, open_workspace, prepare_dataset
-from dbkit.suggestions import suggest
+from dbkit import (
+    ConvertConfig,
+    PrepareConfig,
+    PreviewConfig,
+    TrainConfig,
+    embedded,
+    open_workspace,
+    prepare_dataset,
+)
+from dbkit.suggestions import BASE_MODEL, suggest
 
 
 @pytest.fixture
-def workspace():
+def workspace(monkeypatch):
+    """An empty workspace on a machine without a GPU, whatever this one has."""
+    monkeypatch.setattr("dbkit.suggestions.choose_device", lambda name: torch.device("cpu"))
     return open_workspace()
 
 
-def test_an_empty_workspace_is_offered_the_sample_subject_and_the_small_model(workspace):
+def test_an_empty_workspace_is_offered_the_sample_subject_and_the_embedded_model(workspace):
     values = suggest(TrainConfig, workspace, "train")
-    assert values["instance_data_dir"].name == "robot"
-    assert values["pretrained_model_name_or_path"] == str(workspace.path / "models" / "small-random")
+    assert values["instance_data_dir"].name == embedded.SAMPLE
+    assert values["pretrained_model_name_or_path"] == embedded.NAME
+    assert values["resolution"] == embedded.RESOLUTION
     TrainConfig(**values)
 
 
@@ -60,3 +72,20 @@ def test_a_finished_run_is_what_is_previewed_and_exported(workspace, model):
     assert preview["prompt"] == ["photo of zwx dog", "photo of a dog"]
     export = suggest(ConvertConfig, workspace, "export")
     assert export["source"] == run / "model" and export["destination"].name == "dog.safetensors"
+
+
+def test_with_a_gpu_a_real_model_is_trained_and_what_lies_here_is_looked_at(workspace, monkeypatch):
+    monkeypatch.setattr("dbkit.suggestions.choose_device", lambda name: torch.device("cuda"))
+    assert suggest(TrainConfig, workspace, "train")["pretrained_model_name_or_path"] == BASE_MODEL
+    assert suggest(PreviewConfig, workspace, "preview")["model"] == embedded.MODEL
+    assert suggest(ConvertConfig, workspace, "export")["source"] == embedded.MODEL
+
+
+def test_the_guidance_of_a_run_is_that_of_its_previews(workspace, model):
+    run = workspace.path / "runs" / "dog"
+    run.mkdir(parents=True)
+    (run / "model").symlink_to(embedded.MODEL)
+    (run / "settings.yaml").write_text("instance_prompt: photo of zwx dog\n", encoding="utf-8")
+    assert suggest(PreviewConfig, workspace, "preview")["guidance_scale"] == [embedded.GUIDANCE_SCALE]
+    (run / "settings.yaml").write_text("instance_prompt: photo of zwx dog\nguidance_scale: 2.5\n", encoding="utf-8")
+    assert suggest(PreviewConfig, workspace, "preview")["guidance_scale"] == [2.5]

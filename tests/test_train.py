@@ -675,6 +675,23 @@ def test_previews_show_the_prompts_that_were_asked_for(settings, prior, tmp_path
         assert [name[3:].partition("-seed42")[0] for name in names] == expected.split(", ")
 
 
+def test_guidance_shapes_the_previews_and_the_class_images(settings, prior, tmp_path):
+    shown, classes = [], []
+    for guidance_scale in (1.0, 7.5):
+        run = tmp_path / f"guidance{guidance_scale}"
+        changes = {
+            "output_dir": run,
+            "class_data_dir": tmp_path / f"class{guidance_scale}",
+            "guidance_scale": guidance_scale,
+        }
+        train(**{**settings, **prior, **changes, "max_train_steps": 1, "resolution": 32, "auto_test_model": True})
+        shown.append(next((run / "previews" / "step_000000").glob("01-*.png")))
+        classes.append(next(changes["class_data_dir"].glob("class-*.png")))
+    assert [path.name.rpartition("-")[2] for path in shown] == ["guidance1.png", "guidance7.5.png"]
+    for one, two in (shown, classes):
+        assert one.read_bytes() != two.read_bytes()
+
+
 def test_every_training_setting_changes_the_weights(config, tmp_path):
     changes = [
         {},
