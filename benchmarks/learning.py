@@ -35,7 +35,16 @@ STYLE_PROMPTS = tuple(
 )
 
 
-def learn_subject(subject: str, seed: int, prior: bool, folder: Path, **changes) -> Evaluation:
+COMMON = {
+    "resolution": embedded.RESOLUTION,
+    "auto_test_model": False,
+    "save_model_every_n_steps": None,
+    "device": "cpu",
+}
+MEASURED = {"sample_batch_size": 16, "device": "cpu"}
+
+
+def learn_subject(subject: str, seed: int, prior: bool, folder: Path, num_per_prompt: int = 4, **changes) -> Evaluation:
     settings = {
         "pretrained_model_name_or_path": embedded.NAME,
         "instance_data_dir": embedded.data_templates() / subject,
@@ -48,10 +57,10 @@ def learn_subject(subject: str, seed: int, prior: bool, folder: Path, **changes)
         settings |= {"with_prior_preservation": True, "class_prompt": class_prompt}
         settings |= {"class_data_dir": folder / "class_images" / f"{subject}-{seed}"}
     model = train(**training | settings | COMMON | {"seed": seed} | changes)
-    return evaluate(model, class_prompt=class_prompt, seed=seed, sample_batch_size=16, device="cpu")
+    return evaluate(model, class_prompt=class_prompt, seed=seed, num_per_prompt=num_per_prompt, **MEASURED)
 
 
-def learn_style(seed: int, folder: Path, **changes) -> Evaluation:
+def learn_style(seed: int, folder: Path, num_per_prompt: int = 4, **changes) -> Evaluation:
     model = train(
         **embedded.TRAINING
         | {
@@ -64,20 +73,12 @@ def learn_style(seed: int, folder: Path, **changes) -> Evaluation:
         | {"seed": seed}
         | changes
     )
-    return evaluate(model, prompt=STYLE_PROMPTS, seed=seed, sample_batch_size=16, device="cpu")
+    return evaluate(model, prompt=STYLE_PROMPTS, seed=seed, num_per_prompt=num_per_prompt, **MEASURED)
 
 
 def _name(changes: dict) -> str:
     """Runs of other settings have folders of their own."""
     return "-".join(f"{name}={value}" for name, value in sorted(changes.items())) or "as_suggested"
-
-
-COMMON = {
-    "resolution": embedded.RESOLUTION,
-    "auto_test_model": False,
-    "save_model_every_n_steps": None,
-    "device": "cpu",
-}
 
 
 def table(results: dict[str, list[Evaluation]]) -> str:

@@ -28,27 +28,28 @@ spec.loader.exec_module(learning)
 
 def check_subject(made):
     """Likeness rose, and the settings that prompts name are still there, though the subject was never seen in them."""
-    assert made.model.subject_fidelity > made.base.subject_fidelity + 0.2
+    assert made.model.subject_fidelity > made.base.subject_fidelity + 0.3
     assert made.model.prompt_match > 0.6
 
 
 def check_style(made):
-    assert made.model.subject_fidelity > made.base.subject_fidelity + 0.2
-    assert made.model.subject_fidelity_clip > made.base.subject_fidelity_clip + 0.2
+    """Less than for a subject: the prints show many things and are themselves not much alike (0.33 and 0.42)."""
+    assert made.model.subject_fidelity > made.base.subject_fidelity + 0.04
+    assert made.model.subject_fidelity_clip > made.base.subject_fidelity_clip + 0.07
 
 
 @pytest.mark.parametrize("subject", ["poodle", "clownfish"])
 def test_a_subject_is_learnt_and_prior_preservation_limits_the_drift_of_its_class(subject, tmp_path):
-    kept = learning.learn_subject(subject, 0, True, tmp_path)
+    kept = learning.learn_subject(subject, 0, True, tmp_path, num_per_prompt=2)
     check_subject(kept)
-    adrift = learning.learn_subject(subject, 0, False, tmp_path)
+    adrift = learning.learn_subject(subject, 0, False, tmp_path, num_per_prompt=2)
     check_subject(adrift)
-    assert kept.model.subject_fidelity > adrift.model.subject_fidelity - 0.1
-    assert kept.model.class_leak < adrift.model.class_leak - 0.1
+    assert kept.model.subject_fidelity > adrift.model.subject_fidelity - 0.25
+    assert kept.model.class_leak < adrift.model.class_leak - 0.2
 
 
 def test_native_training_takes_on_a_style(tmp_path):
-    check_style(learning.learn_style(0, tmp_path))
+    check_style(learning.learn_style(0, tmp_path, num_per_prompt=2))
 
 
 def flipped(sample_losses, instances, weight):
@@ -68,10 +69,10 @@ def shuffled(*arguments):
 def test_a_broken_loss_does_not_pass_for_learning(monkeypatch, tmp_path, name, broken):
     monkeypatch.setattr(MODULE, name, broken)
     with pytest.raises((AssertionError, DbkitError), match=NOT_LEARNT):
-        check_subject(learning.learn_subject("poodle", 0, True, tmp_path))
+        check_subject(learning.learn_subject("poodle", 0, True, tmp_path, num_per_prompt=2))
 
 
 def test_a_flipped_loss_takes_on_no_style(monkeypatch, tmp_path):
     monkeypatch.setattr(MODULE, "prior_preservation_loss", flipped)
     with pytest.raises((AssertionError, DbkitError), match=NOT_LEARNT):
-        check_style(learning.learn_style(0, tmp_path))
+        check_style(learning.learn_style(0, tmp_path, num_per_prompt=2))
