@@ -36,6 +36,18 @@ class Demo:
 @configured_by(DemoConfig)
 def demo(config: DemoConfig) -> Demo:
     """Prepare, generate class images, train, sample before and after, and convert, with the embedded model."""
+    import torch
+
+    threads = torch.get_num_threads()
+    # Several threads gain little on so small a model, and wait for one another where the cores are shared.
+    torch.set_num_threads(1)
+    try:
+        return _demo(config)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _demo(config: DemoConfig) -> Demo:
     folder = config.folder or default_folder() / "demo"
     subject = read_yaml(embedded.data_templates() / "train_object.yaml")
     print(
@@ -54,6 +66,7 @@ def demo(config: DemoConfig) -> Demo:
         "class_data_dir": folder / "class_images",
         "num_class_images": embedded.TRAINING["num_class_images"],
         "guidance_scale": embedded.GUIDANCE_SCALE,
+        "seed": 1,
     }
     generate_class_images(**settings)
     clock.lap("class images")

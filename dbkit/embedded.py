@@ -14,7 +14,7 @@ CLIP = ASSETS / "tiny-clip"
 DINO = ASSETS / "tiny-dino"
 RESOLUTION = 32
 # The subject that is shown first, and what is known of it.
-SAMPLE = "clownfish"
+SAMPLE = "poodle"
 # What suits the model: more guidance overdoes its colours, and benchmarks/learning.py says what the training does.
 GUIDANCE_SCALE = 3.0
 TRAINING = {

@@ -35,7 +35,7 @@ def run(path):
 def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tensors(seeded, tmp_path):
     notebooks = [run(path) for path in [*NOTEBOOKS, *NOTEBOOKS]]
     assert "image/jpeg" in notebooks[3].cells[-2].outputs[-1].data
-    trained = seeded / "runs" / "clownfish"
+    trained = seeded / "runs" / "poodle"
     assert find_fault(trained / "model") is None
     assert [line["step"] for line in read_log(trained / "log.jsonl")] == [1, 4]
     assert sorted(path.name for path in (trained / "previews").glob("*.png"))[-1] == "step_000004.png"
@@ -43,7 +43,7 @@ def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tens
         seeded / "models" / "sample-diffusers" / "model_index.json"
     ).exists()
     assert len(list(seeded.glob("class_images/*/class-*.png"))) == 2
-    back = dbkit.convert(seeded / "exports" / "clownfish.safetensors", tmp_path / "back")
+    back = dbkit.convert(seeded / "exports" / "poodle.safetensors", tmp_path / "back")
     for part, name in dbkit.models.WEIGHTS.items():
         before, after = load_file(trained / "model" / part / name), load_file(back / part / name)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
@@ -52,6 +52,6 @@ def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tens
 @pytest.mark.parametrize("path", NOTEBOOKS[1:], ids=lambda path: path.stem)
 def test_each_runs_alone_in_a_fresh_workspace(path, seeded):
     run(path)
-    made = {"2": "models/sample-diffusers/model_index.json", "3": "datasets/clownfish/report.json"}
-    made |= {"4": "runs/clownfish/model/model_index.json", "5": "exports/tiny-sd.safetensors"}
+    made = {"2": "models/sample-diffusers/model_index.json", "3": "datasets/poodle/report.json"}
+    made |= {"4": "runs/poodle/model/model_index.json", "5": "exports/tiny-sd.safetensors"}
     assert (seeded / made[path.stem[0]]).exists()
