@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +101,11 @@ def make_images(path: Path, art: Path, count: int, seed: int, draw, processes: i
         return
     chunks = [range(start, min(start + 500, count)) for start in range(0, count, 500)]
     with ProcessPoolExecutor(processes) as pool:
-        rows = [row for part in pool.map(partial(_draw_some, seed=seed, folder=art, draw=draw), chunks) for row in part]
+        rows = [
+            row
+            for part in pool.map(functools.partial(_draw_some, seed=seed, folder=art, draw=draw), chunks)
+            for row in part
+        ]
     images, captions, scenes = zip(*rows)
     nouns, tints, places = list(NOUNS), list(COLOURS), [*SETTINGS, *COLOURS]
     partial_path = path.with_name(f"partial-{path.name}")

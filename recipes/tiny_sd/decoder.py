@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from common import Log, arguments, as_tensor, average_gradients, load_images, save_grid, start, steps
-from vae import SCALING_FACTOR, augment, psnr
+from vae import SCALING_FACTOR, draw_pixels, psnr
 
 
 def main() -> None:
@@ -25,10 +25,7 @@ def main() -> None:
     unseen = as_tensor(load_images(args.out / "heldout.npz")["images"]).to(device)
     log = Log("decoder", args, rank)
     for step, generator in steps("decoder", args, rank, {"decoder": decoder}, optimizer):
-        half = args.batch // world // 2
-        chosen = [torch.randint(len(some), (half,), generator=generator) for some in (images, things)]
-        pixels = torch.cat([as_tensor(images[chosen[0]]), as_tensor(things[chosen[1]])])
-        pixels = augment(pixels[torch.randperm(len(pixels), generator=generator)], generator).to(device)
+        pixels = draw_pixels(images, things, args.batch // world, generator).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.mean

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -38,6 +39,13 @@ def augment(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     few = max(1, len(pixels) // 6)
     mixed = pixels[:few, torch.randperm(3, generator=generator)]
     return torch.cat([-mixed if torch.rand((), generator=generator) < 0.5 else mixed, pixels[few:]])
+
+
+def draw_pixels(images: np.ndarray, things: np.ndarray, count: int, generator: torch.Generator) -> torch.Tensor:
+    """A batch (count, 3, 32, 32) that is half of the world's pictures and half of other icons, augmented."""
+    chosen = [some[torch.randint(len(some), (count // 2,), generator=generator)] for some in (images, things)]
+    pixels = torch.cat([as_tensor(some) for some in chosen])
+    return augment(pixels[torch.randperm(len(pixels), generator=generator)], generator)
 
 
 def losses(vae: AutoencoderKL, pixels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,10 +98,7 @@ def main() -> None:
         )
     parameters = list(vae.parameters())
     for step, generator in steps("vae", args, rank, {"vae": vae}, optimizer):
-        half = args.batch // world // 2
-        chosen = [torch.randint(len(some), (half,), generator=generator) for some in (images, things)]
-        pixels = torch.cat([as_tensor(images[chosen[0]]), as_tensor(things[chosen[1]])])
-        pixels = augment(pixels[torch.randperm(len(pixels), generator=generator)], generator).to(device)
+        pixels = draw_pixels(images, things, args.batch // world, generator).to(device)
         loss, square = losses(vae, pixels, generator)
         loss.backward()
         average_gradients(parameters)
