@@ -27,6 +27,7 @@ notebooks: $(READY)
 	rm -rf $(WORKSPACE_OF_TESTS)
 	mkdir -p $(WORKSPACE_OF_TESTS)
 	cp -r tests/notebook_settings $(WORKSPACE_OF_TESTS)/settings
+	$(BIN)/python tests/tiny_tagger.py $(WORKSPACE_OF_TESTS)/models/tagger
 	DBKIT_WORKSPACE=$(abspath $(WORKSPACE_OF_TESTS)) $(BIN)/python -m pytest -x --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 300 notebooks
 

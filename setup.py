@@ -25,11 +25,27 @@ setup(
         "ipywidgets>=7.7",
         "PyYAML>=6.0",
         "tqdm>=4.60",
+        "ImageHash>=4.3",
     ],
     extras_require={
-        "caption": [],
+        # The tagger. BLIP needs nothing more than dbkit does.
+        "caption": ["onnxruntime>=1.17"],
+        # HEIC photographs; faces (by what OpenCV bundles before version 5); text and watermarks.
+        "photos": ["pillow-heif>=0.16", "opencv-python-headless>=4.7", "rapidocr>=3.0", "onnxruntime>=1.17"],
         "log": ["tensorboard>=2.10"],
-        "test": ["bitsandbytes>=0.43", "ipykernel>=6", "nbclient>=0.7", "nbval>=0.10", "pytest>=8", "ruff>=0.6"],
+        "test": [
+            "bitsandbytes>=0.43",
+            "ipykernel>=6",
+            "nbclient>=0.7",
+            "nbval>=0.10",
+            "onnx>=1.16",
+            "onnxruntime>=1.17",
+            "opencv-python-headless>=4.7",
+            "pillow-heif>=0.16",
+            "pytest>=8",
+            "rapidocr>=3.0",
+            "ruff>=0.6",
+        ],
     },
     entry_points={"console_scripts": ["dbkit=dbkit.cli:main"]},
 )

@@ -1,28 +1,44 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
-Five functions do the main job, and evaluate() measures what came of it; each takes its settings object, or the settings
-by name. Heavy libraries are imported when a function is called.
+Five functions do the main job; caption_dataset() and check_identifier() help with its data, and evaluate() measures
+what came of it. Each takes its settings object, or the settings by name. Heavy libraries are imported when a function
+is called.
 """
 
+from dbkit.captioning import caption_dataset
 from dbkit.class_images import generate_class_images
-from dbkit.config import ClassImagesConfig, ConvertConfig, EvaluateConfig, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit.config import (
+    CaptionConfig,
+    ClassImagesConfig,
+    ConvertConfig,
+    EvaluateConfig,
+    IdentifierConfig,
+    PrepareConfig,
+    PreviewConfig,
+    TrainConfig,
+)
 from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
 from dbkit.evaluate import evaluate
+from dbkit.identifier import check_identifier
 from dbkit.preview import preview
 from dbkit.train import train
 from dbkit.workspace import describe_machine, open_workspace
 
 __version__ = "0.1.0"
 __all__ = [
+    "CaptionConfig",
     "ClassImagesConfig",
     "ConvertConfig",
     "DbkitError",
     "EvaluateConfig",
+    "IdentifierConfig",
     "PrepareConfig",
     "PreviewConfig",
     "TrainConfig",
+    "caption_dataset",
+    "check_identifier",
     "convert",
     "describe_machine",
     "evaluate",

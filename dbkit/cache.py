@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 from dbkit import draws
 from dbkit.examples import Example
-from dbkit.images import read_image, square
+from dbkit.images import read_image, render
+from dbkit.order import Order
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from diffusers import AutoencoderKL
+    from PIL import Image
     from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -31,21 +34,38 @@ class Latents:
         return self.mean[indices] + self.std[indices] * noise
 
 
-def encode_images(vae: AutoencoderKL, examples: list[Example], side: int, device: torch.device) -> Latents:
-    """The latents of the examples at side × side pixels. The VAE runs in fp32: in fp16 some images overflow."""
-    import numpy as np
+def encode_images(
+    vae: AutoencoderKL, examples: list[Example], device: torch.device
+) -> tuple[list[Latents], list[list[tuple[int, int]]]]:
+    """The latents of all views of the examples, one Latents for each size, and where those of each view lie.
+
+    The places are (number of the Latents, row) for each example and each of its views. The VAE runs in fp32: in fp16
+    some images overflow.
+    """
     import torch
     from tqdm import tqdm
 
-    means, stds = [], []
+    sizes = list(dict.fromkeys(example.size for example in examples))
+    means, stds = [[] for _ in sizes], [[] for _ in sizes]
+    places = []
     with torch.no_grad():
         for example in tqdm(examples, "latents", file=sys.stdout, mininterval=1):
-            pixels = np.asarray(square(read_image(example.path), side, example.place), dtype=np.float32) / 127.5 - 1
-            posterior = vae.encode(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(device)).latent_dist
-            means.append(posterior.mean)
-            stds.append(posterior.std)
+            number, image = sizes.index(example.size), read_image(example.path)
+            places.append([(number, len(means[number]) + view) for view in range(len(example.views))])
+            for view in example.views:
+                posterior = vae.encode(_pixels(render(image, example.size, view)).to(device)).latent_dist
+                means[number].append(posterior.mean)
+                stds[number].append(posterior.std)
     factor = vae.config.scaling_factor
-    return Latents(torch.cat(means) * factor, torch.cat(stds) * factor)
+    return [Latents(torch.cat(mean) * factor, torch.cat(std) * factor) for mean, std in zip(means, stds)], places
+
+
+def _pixels(image: Image.Image) -> torch.Tensor:
+    """An image as the VAE wants it: shape (1, 3, H, W), from -1 to 1."""
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
@@ -63,59 +83,94 @@ def encode_prompts(text_encoder: CLIPTextModel, token_ids: torch.Tensor) -> torc
 class Pool:
     """The instance images or the class images, ready for training.
 
-    prompts holds one row for each distinct prompt: text states (P, 77, D), or token ids (P, 77) while the text encoder
-    is trained. prompt_of has shape (N,): the row of each image.
+    latents has one entry for each size, places says where those of each image's views lie in it. prompts holds one row
+    for each distinct prompt: text states (P, 77, D), or token ids (P, 77) while the text encoder is trained;
+    prompt_rows are the rows of each image's prompts.
     """
 
     role: Literal["instance", "class"]
-    latents: Latents
+    latents: list[Latents]
+    places: list[list[tuple[int, int]]]
     prompts: torch.Tensor
-    prompt_of: torch.Tensor
+    prompt_rows: list[list[int]]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One forward pass: the first `instances` of its B samples are instance images, the rest class images."""
+    """One forward pass: the first `instances` of its B samples are instance images, the rest class images.
+
+    pairs is the number of instance images, and of class images if there are any, in all batches of the same samples:
+    what the losses of each are divided by.
+    """
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     prompts: torch.Tensor
     instances: int
+    pairs: int
 
 
-def draw_batch(pools: list[Pool], seed: int, step: int, samples: range, per_step: int, timesteps: int) -> Batch:
-    """The batch of the given sample numbers of a step (counted from 1), `per_step` of which make one optimizer step.
+@dataclass(frozen=True)
+class _Draw:
+    """One sample: which latents, which row of them, which prompt, and its random numbers."""
 
-    A pure function of its arguments: sample j of step k draws its image, noise, timestep and latents from generators
-    keyed by (seed, k, j). Each pool gives one image for each sample number.
+    latents: Latents
+    row: int
+    prompt: int
+    timestep: int
+    normal: np.ndarray
+
+
+def draw_batches(pools: list[Pool], order: Order, step: int, samples: range, timesteps: int) -> list[Batch]:
+    """The batches of the given sample numbers of a step (counted from 1), one for each size among their images.
+
+    A pure function of its arguments: sample j of step k draws its view, prompt, noise, timestep and latents from
+    generators keyed by (seed, k, j). Each pool gives one image for each sample number.
     """
-    parts = [_draw_part(pool, seed, step, samples, per_step, timesteps) for pool in pools]
-    return Batch(*(_concatenate(part) for part in zip(*parts)), instances=len(samples))
+    by_shape: dict[tuple[int, ...], list[list[_Draw]]] = {}
+    for number, pool in enumerate(pools):
+        for sample in samples:
+            drawn = _draw(pool, order, step, sample, timesteps)
+            parts = by_shape.setdefault(drawn.latents.mean.shape[1:], [[] for _ in pools])
+            parts[number].append(drawn)
+    return [_batch(pools, parts, len(samples)) for parts in by_shape.values()]
 
 
-def _draw_part(pool: Pool, seed: int, step: int, samples: range, per_step: int, timesteps: int) -> tuple:
+def _draw(pool: Pool, order: Order, step: int, sample: int, timesteps: int) -> _Draw:
+    import numpy as np
+
+    number = (step - 1) * order.per_step + sample
+    image = order.instance(number) if pool.role == "instance" else order.class_image(number)
+    places, prompts = pool.places[image], pool.prompt_rows[image]
+    view = prompt = 0
+    if len(places) > 1 or len(prompts) > 1:
+        view, prompt = draws.generator(order.seed, "variant", step, sample).integers([len(places), len(prompts)])
+    which, row = places[view]
+    random = draws.generator(order.seed, pool.role, step, sample)
+    timestep = int(random.integers(timesteps))
+    # Two for each sample: the noise that is added, and the noise that draws the latents from their posterior.
+    normal = random.standard_normal((2, *pool.latents[which].mean.shape[1:]), dtype=np.float32)
+    return _Draw(pool.latents[which], row, prompts[prompt], timestep, normal)
+
+
+def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int) -> Batch:
     import numpy as np
     import torch
 
-    device, shape = pool.latents.mean.device, pool.latents.mean.shape[1:]
-    first = (step - 1) * per_step
-    order = f"{pool.role} order"
-    chosen = [draws.index(seed, order, len(pool.prompt_of), first + sample) for sample in samples]
-    randoms = [draws.generator(seed, pool.role, step, sample) for sample in samples]
-    steps = torch.tensor([int(random.integers(timesteps)) for random in randoms])
-    # One copy for both: the noise that is added, and the noise that draws the latents from their posterior.
-    normal = np.stack([random.standard_normal((2, *shape), dtype=np.float32) for random in randoms], axis=1)
-    normal = torch.from_numpy(normal)
+    drawn = [draw for part in parts for draw in part]
+    device = pools[0].prompts.device
+    normal = torch.from_numpy(np.stack([draw.normal for draw in drawn], axis=1))
+    numbers = torch.tensor([[draw.row for draw in drawn], [draw.prompt for draw in drawn], [d.timestep for d in drawn]])
     if device.type == "cuda":
-        normal = normal.pin_memory()  # only then is the copy not waited for
+        normal, numbers = normal.pin_memory(), numbers.pin_memory()  # only then is the copy not waited for
     noise, latent_noise = normal.to(device, non_blocking=True)
-    indices = torch.tensor(chosen).to(device, non_blocking=True)
-    latents = pool.latents.draw(indices, latent_noise)
-    return latents, noise, steps.to(device, non_blocking=True), pool.prompts[pool.prompt_of[indices]]
-
-
-def _concatenate(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    import torch
-
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+    rows, prompt_rows, steps = numbers.to(device, non_blocking=True)
+    latents, prompts, start = [], [], 0
+    for pool, part in zip(pools, parts):
+        if part:
+            own = slice(start, start + len(part))
+            latents.append(part[0].latents.draw(rows[own], latent_noise[own]))
+            prompts.append(pool.prompts[prompt_rows[own]])
+            start += len(part)
+    return Batch(torch.cat(latents), noise, steps, torch.cat(prompts), len(parts[0]), pairs)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from dbkit.errors import DbkitError
+
+# A caption is a sentence or a list of tags; a text file of more than this is something else.
+MOST_BYTES = 100_000
 
 
 def caption_file(image: Path) -> Path | None:
@@ -16,11 +20,23 @@ def caption_file(image: Path) -> Path | None:
 
 
 def read_caption(image: Path) -> str | None:
-    """The caption beside an image, on one line; None if there is no file. Raises DbkitError if it is not UTF-8."""
+    """The caption beside an image, on one line; None if there is no file.
+
+    UTF-8, and UTF-16 with its mark. Raises DbkitError if the file is something else or cannot be read.
+    """
     path = caption_file(image)
     if path is None:
         return None
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
+        if path.stat().st_size > MOST_BYTES:
+            raise DbkitError(f"the text {path} is too long to be a caption; replace it or take it out")
+        content = path.read_bytes()
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        text = content.decode("utf-16" if wide else "utf-8-sig")
+    except OSError as error:
+        raise DbkitError(f"the caption {path} cannot be read ({error.strerror}); check who may read it") from error
     except UnicodeDecodeError as error:
         raise DbkitError(f"the caption {path} is not UTF-8 text; save it again as UTF-8") from error
+    if "\0" in text:
+        raise DbkitError(f"the caption {path} is not text; save it again as UTF-8")
+    return " ".join(text.split())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dbkit import draws
 from dbkit.config import ClassImagesConfig
@@ -16,10 +18,13 @@ from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file, write_text
 from dbkit.images import list_images
 from dbkit.libraries import choose_device, choose_dtype
-from dbkit.models import check_resolution, fingerprint, load_models, model_facts
+from dbkit.models import Models, check_resolution, fingerprint, load_models, model_facts
 from dbkit.sampling import SAMPLER, Shot, place, sample
 from dbkit.settings import configured_by
 from dbkit.workspace import default_folder
+
+if TYPE_CHECKING:
+    import torch
 
 MANIFEST = "manifest.json"
 
@@ -50,7 +55,19 @@ def generate_class_images(config: ClassImagesConfig) -> ClassImages:
     folder belongs to; images of another kind are refused, never mixed. Images without a manifest are the user's own:
     they count and are said to be used.
     """
-    check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
+    return make_class_images([config])[0]
+
+
+def make_class_images(configs: Sequence[ClassImagesConfig]) -> list[ClassImages]:
+    """The class images of several settings with one base model, which is loaded once, and only if any are missing."""
+    loaded = functools.cache(_load)
+    return [_fill(config, loaded) for config in configs]
+
+
+def _fill(config: ClassImagesConfig, loaded: Callable[..., _Loaded]) -> ClassImages:
+    facts = model_facts(config.pretrained_model_name_or_path)
+    for side in config.size:
+        check_resolution(side, facts)
     identity = _identity(config)
     folder = config.class_data_dir or default_folder() / "class_images" / _key(config, identity)
     _check_manifest(folder, identity)
@@ -60,8 +77,25 @@ def generate_class_images(config: ClassImagesConfig) -> ClassImages:
     if missing:
         note = {**identity, "brought": [path.name for path in brought]}
         write_text(folder / MANIFEST, json.dumps(note, indent=1, ensure_ascii=False))
-        _generate(config, missing, wanted)
+        where = (config.pretrained_model_name_or_path, config.revision, config.device, config.mixed_precision)
+        _generate(config, loaded(*where), missing, wanted)
     return ClassImages(folder, len(missing), len(wanted) - len(missing), len(brought), [*brought, *wanted])
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A base model on its device, ready to be sampled."""
+
+    models: Models
+    dtype: torch.dtype
+
+
+def _load(name: str, revision: str | None, device_name: str, mixed_precision: str) -> _Loaded:
+    device = choose_device(device_name)
+    dtype = choose_dtype(mixed_precision, device)
+    models = load_models(name, revision)
+    place(models, device, dtype)
+    return _Loaded(models, dtype)
 
 
 def _brought(folder: Path) -> list[Path]:
@@ -79,7 +113,7 @@ def _identity(config: ClassImagesConfig) -> dict[str, Any]:
         "model": fingerprint(config.pretrained_model_name_or_path, config.revision),
         "class_prompt": config.class_prompt,
         "negative_prompt": config.negative_prompt,
-        "resolution": config.resolution,
+        "resolution": config.resolution if config.size == (config.resolution,) * 2 else list(config.size),
         "sampler": SAMPLER,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
@@ -114,14 +148,11 @@ def _check_manifest(folder: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _generate(config: ClassImagesConfig, missing: list[int], wanted: list[Path]) -> None:
+def _generate(config: ClassImagesConfig, loaded: _Loaded, missing: list[int], wanted: list[Path]) -> None:
     from tqdm import tqdm
 
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.mixed_precision, device)
-    models = load_models(config.pretrained_model_name_or_path, config.revision)
-    check_resolution(config.resolution, models.facts)
-    place(models, device, dtype)
+    for side in config.size:
+        check_resolution(side, loaded.models.facts)
     # Whole batches, counted from the first image, so that an interrupted generation gives the same pictures.
     size = config.sample_batch_size
     batches = sorted({number // size for number in missing})
@@ -135,7 +166,7 @@ def _generate(config: ClassImagesConfig, missing: list[int], wanted: list[Path])
         )
         for number in numbers
     ]
-    pictures = sample(models, shots, config.resolution, config.num_inference_steps, size, dtype)
+    pictures = sample(loaded.models, shots, config.size, config.num_inference_steps, size, loaded.dtype)
     bar = tqdm(pictures, "class images", len(numbers), file=sys.stdout, mininterval=1)
     for picture, number in zip(bar, numbers):
         if wanted[number].exists():

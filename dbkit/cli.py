@@ -16,6 +16,8 @@ from dbkit.settings import Settings, closest, field_type, is_several, type_name
 # Where each command's function is; it is imported when the command runs.
 _FUNCTIONS = {
     "prepare": ("dbkit.dataset", "prepare_dataset"),
+    "caption": ("dbkit.captioning", "caption_dataset"),
+    "identifier": ("dbkit.identifier", "check_identifier"),
     "class-images": ("dbkit.class_images", "generate_class_images"),
     "train": ("dbkit.train", "train"),
     "preview": ("dbkit.preview", "preview"),

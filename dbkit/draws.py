@@ -8,14 +8,13 @@ is made for this (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
 from __future__ import annotations
 
 import functools
+import typing
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
 
-Purpose = Literal["instance", "class", "instance order", "class order", "crop", "class image", "preview"]
-# A purpose's number is part of every seed: new purposes go at the end.
-_PURPOSES: tuple[Purpose, ...] = (
+Purpose = Literal[
     "instance",
     "class",
     "instance order",
@@ -23,7 +22,13 @@ _PURPOSES: tuple[Purpose, ...] = (
     "crop",
     "class image",
     "preview",
-)
+    "epoch",
+    "augment",
+    "tags",
+    "variant",
+]
+# A purpose's number is part of every seed: new purposes go at the end.
+_PURPOSES: tuple[Purpose, ...] = typing.get_args(Purpose)
 
 
 def generator(seed: int, purpose: Purpose, step: int = 0, sample: int = 0) -> np.random.Generator:
@@ -36,12 +41,15 @@ def generator(seed: int, purpose: Purpose, step: int = 0, sample: int = 0) -> np
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
-def index(seed: int, purpose: Purpose, count: int, n: int) -> int:
-    """Which of `count` items the n-th sample of a run shows: each epoch is its own permutation of all items."""
+def index(seed: int, purpose: Purpose, count: int, n: int, lane: int = 0) -> int:
+    """Which of `count` items the n-th sample of a run shows: each pass over them is a permutation of its own.
+
+    lane tells several sets of items of one purpose apart.
+    """
     epoch, position = divmod(n, count)
-    return int(_permutation(seed, purpose, count, epoch)[position])
+    return int(_permutation(seed, purpose, count, epoch, lane)[position])
 
 
-@functools.lru_cache(maxsize=8)
-def _permutation(seed: int, purpose: Purpose, count: int, epoch: int) -> np.ndarray:
-    return generator(seed, purpose, step=epoch).permutation(count)
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, purpose: Purpose, count: int, epoch: int, lane: int) -> np.ndarray:
+    return generator(seed, purpose, step=epoch, sample=lane).permutation(count)

@@ -18,7 +18,7 @@ from dbkit.captions import read_caption
 from dbkit.config import EvaluateConfig
 from dbkit.errors import DbkitError
 from dbkit.files import whole_file
-from dbkit.images import list_images, read_image, square
+from dbkit.images import list_images, read_image, render
 from dbkit.libraries import choose_device, choose_dtype, hub_options, loading
 from dbkit.models import check_resolution, load_models, model_facts
 from dbkit.preview import Preview, labelled_grid
@@ -103,7 +103,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     output = _grid_path(config)
     paths = _instance_images(config.instance_data_dir)
     prompts = list(config.prompt) or _default_prompts(config, run, paths)
-    instance = [square(read_image(path), side) for path in paths]
+    instance = [render(read_image(path), (side, side)) for path in paths]
 
     small = embedded.is_embedded(config.model)
     clip = _Clip(config.clip or (embedded.CLIP if small else "openai/clip-vit-base-patch32"), device)
@@ -196,7 +196,7 @@ def _samples(
     wanted += [(config.class_prompt, number) for number in range(count)] if config.class_prompt else []
     guidance_scale = 7.5 if config.guidance_scale is None else config.guidance_scale
     shots = [Shot(prompt, draws.generator(config.seed, "preview", sample=n), guidance_scale) for prompt, n in wanted]
-    drawn = sample(models, shots, side, config.num_inference_steps, config.sample_batch_size, dtype)
+    drawn = sample(models, shots, (side, side), config.num_inference_steps, config.sample_batch_size, dtype)
     label = f"samples of {Path(name).name}"
     pictures = list(tqdm(drawn, label, len(shots), file=sys.stdout, mininterval=1, leave=False))
     return pictures[:count], pictures[count:]

@@ -1,52 +1,84 @@
-"""What training reads: the images of a folder, checked, each with its prompt."""
+"""What training reads: the images of a folder, checked, each with its prompts, its size and its views."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbkit.augment import tag_variants, views_of
+from dbkit.buckets import Size, kept_share, nearest, sizes_of
 from dbkit.captions import read_caption
-from dbkit.config import TrainConfig
+from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
 from dbkit.files import sha256
-from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, crop_place, list_images, read_image
+from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, View, crop_place, list_images, read_image
+from dbkit.train_config import TrainConfig
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training image: checked, not held in memory. sha256 is that of the file."""
+    """One training image: checked, not held in memory. sha256 is that of the file.
+
+    size is (width, height) in pixels as it is trained, kept the share of the picture that its crop leaves.
+    """
 
     path: Path
-    prompt: str
-    place: tuple[float, float]
+    prompts: tuple[str, ...]
+    views: tuple[View, ...]
+    size: Size
     sha256: str
+    concept: int = 0
+    kept: float = 1.0
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as it is written, before tags are shuffled or left out."""
+        return self.prompts[0]
 
 
-def instance_examples(config: TrainConfig) -> list[Example]:
+def instance_examples(config: TrainConfig, concepts: list[Concept]) -> list[Example]:
     """The instance images with their resolved prompts. Every image is decoded once here, before any model is loaded.
 
     Raises DbkitError naming all unreadable images, or all images without a caption, at once.
     """
-    paths = _training_images(config.instance_data_dir)
-    if config.use_txt_as_label:
-        prompts = {path: read_caption(path) for path in paths}
-        if missing := [path.name for path, prompt in prompts.items() if not prompt]:
-            raise DbkitError(
-                f"{len(missing)} of {len(paths)} images in {config.instance_data_dir} have no caption "
-                f"({_some(missing)}); write a .txt file of the same name beside each (notebook 3 helps)"
-            )
-    elif config.use_filename_as_label:
-        prompts = {path: path.stem for path in paths}
-    else:
-        prompts = dict.fromkeys(paths, config.instance_prompt)
-    return _checked_examples(paths, prompts, config)
+    examples = []
+    for number, concept in enumerate(concepts):
+        paths = _training_images(concept.instance_data_dir)
+        examples += _checked_examples(paths, _prompts(config, concept, paths), config, number)
+    return examples
 
 
-def class_examples(config: TrainConfig, paths: list[Path]) -> list[Example]:
-    """The class images, each with the class prompt, checked like the instance images."""
-    return _checked_examples(paths, dict.fromkeys(paths, config.class_prompt), config)
+def class_examples(config: TrainConfig, concept: Concept, paths: list[Path], number: int = 0) -> list[Example]:
+    """The class images of a concept, each with the class prompt, checked like the instance images."""
+    # What is learnt about the class is how the base model draws it: its pictures are not varied.
+    plain = dataclasses.replace(
+        config, hflip=False, augment_rotation=0, augment_brightness=0, augment_contrast=0, augment_crop=0
+    )
+    return _checked_examples(paths, dict.fromkeys(paths, (concept.class_prompt,)), plain, number)
+
+
+def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
+    """Each image's prompts by the one setting that says where they come from."""
+    if config.use_filename_as_label:
+        return {path: (path.stem,) for path in paths}
+    if not (config.use_txt_as_label or config.combine_prompt_from_txt):
+        return dict.fromkeys(paths, (concept.instance_prompt,))
+    texts = {path: read_caption(path) for path in paths}
+    if missing := [path.name for path, text in texts.items() if not text]:
+        raise DbkitError(
+            f"{len(missing)} of {len(paths)} images in {concept.instance_data_dir} have no caption "
+            f"({_some(missing)}); write a .txt file of the same name beside each (notebook 3 helps)"
+        )
+    template = config.prompt_combine_template if config.combine_prompt_from_txt else "{TXT_PROMPT}"
+    # The text goes in last, so that braces in it are only text.
+    template = template.replace("{PROMPT}", concept.instance_prompt or "")
+    return {
+        path: tuple(template.replace("{TXT_PROMPT}", version) for version in tag_variants(config, path.name, text))
+        for path, text in texts.items()
+    }
 
 
 def _training_images(folder: Path) -> list[Path]:
@@ -63,16 +95,21 @@ def _training_images(folder: Path) -> list[Path]:
     return paths
 
 
-def _checked_examples(paths: list[Path], prompts: dict[Path, str], config: TrainConfig) -> list[Example]:
-    examples, unreadable = [], []
+def _checked_examples(
+    paths: list[Path], prompts: dict[Path, tuple[str, ...]], config: TrainConfig, concept: int
+) -> list[Example]:
+    examples, unreadable, sizes = [], [], sizes_of(config)
     for path in paths:
         try:
-            read_image(path)
+            width, height = read_image(path).size
         except DbkitError as error:
             unreadable.append(str(error))
         else:
             place = crop_place(config.center_crop, config.seed, path.name)
-            examples.append(Example(path, prompts[path], place, sha256(path)))
+            views = views_of(config, path.name, place, prompts[path][0])
+            size = nearest(width, height, sizes)
+            kept = kept_share(width, height, size)
+            examples.append(Example(path, prompts[path], views, size, sha256(path), concept, kept))
     if unreadable:
         raise DbkitError(f"{len(unreadable)} of {len(paths)} images are not usable: {_some(unreadable)}")
     return examples
@@ -82,7 +119,40 @@ def _some(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def require_apart(instance: list[Example], class_set: list[Example]) -> None:
+    """Raise DbkitError if a picture is both an instance and a class image: it would be learnt under both prompts."""
+    known = {example.sha256: example.path for example in instance}
+    both = [f"{example.path} is {known[example.sha256]}" for example in class_set if example.sha256 in known]
+    if both:
+        raise DbkitError(
+            f"{len(both)} class images are instance images too ({_some(both, 3)}); take them out of the class images, "
+            "which must not show the subject"
+        )
+
+
 def fingerprint(examples: list[Example]) -> str:
     """A hash of what training sees of the data: image bytes, prompts, crops and their order, but not where they lie."""
-    facts = [(example.sha256, example.prompt, example.place) for example in examples]
+    facts = [
+        (example.sha256, example.prompts, [dataclasses.astuple(view) for view in example.views], example.size)
+        + ((example.concept,) if example.concept else ())
+        for example in examples
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
+    """What was found, for people: images and first prompts of each concept, sizes, and what the crops cut off."""
+    lines = []
+    for number, concept in enumerate(concepts):
+        own = [example for example in examples if example.concept == number]
+        name = f"{len(own)} instance images" + (f" of {concept}" if len(concepts) > 1 else "")
+        lines.append(f"{name}; the first one's prompt: {own[0].prompt}")
+        # Further prompts only say something where they differ.
+        lines += [f"  {example.path.name}: {example.prompt}" for example in own[1:3] if example.prompt != own[0].prompt]
+    counts: dict[Size, int] = {}
+    for example in examples:
+        counts[example.size] = counts.get(example.size, 0) + 1
+    sizes = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
+    kept = sum(example.kept for example in examples) / len(examples)
+    lines.append(f"trained as {sizes}; the crops keep {kept:.0%} of the pictures")
+    return lines

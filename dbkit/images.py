@@ -1,10 +1,12 @@
-"""Read images safely, upright and in RGB; crop and resize without distortion. Pillow only."""
+"""Read images safely, upright and in RGB; crop, resize and vary them without distortion."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +16,15 @@ from dbkit.errors import DbkitError
 if TYPE_CHECKING:
     from PIL import Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif"})
 # 100 million pixels: every camera's photograph passes, and decoding one takes at most 400 MB.
 MAX_PIXELS = 100_000_000
 # Photographs that are not read yet: they are named, so that none is missed silently.
-OTHER_SUFFIXES = frozenset({".heic", ".heif", ".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd"})
+OTHER_SUFFIXES = frozenset({".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd"})
 UNREAD = "{} is of a kind that dbkit does not read; save it as JPEG or PNG"
 # No others, whatever a file is called: some of Pillow's readers start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_HEIC = (".heic", ".heif")
 # What each orientation in a photograph's EXIF asks for.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -59,7 +62,7 @@ def read_image(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=_FORMATS) as image:
+            with Image.open(path, formats=_formats(path)) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise DbkitError(
                         f"{path.name} has {image.width} x {image.height} pixels; make it smaller than 100 million"
@@ -82,6 +85,31 @@ def read_image(path: Path) -> Image.Image:
         raise DbkitError(f"{path.name} cannot be read as an image ({reason}); replace it or take it out") from error
 
 
+def kind_of(path: Path) -> str | None:
+    """The format of a file by what it begins with, for instance JPEG; None if it is not a picture that is read."""
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return image.format
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def _formats(path: Path) -> tuple[str, ...]:
+    if path.suffix.lower() not in _HEIC:
+        return _FORMATS
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DbkitError(
+            f"{path.name} is a HEIC photograph; pip install pillow-heif, or save it as JPEG or PNG"
+        ) from None
+    pillow_heif.register_heif_opener()
+    # A JPEG that is called .heic is common too.
+    return (*_FORMATS, "HEIF")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     from PIL import Image
 
@@ -100,14 +128,59 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def square(image: Image.Image, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Image.Image:
-    """The largest square of the image, resized to side × side pixels; nothing is stretched.
+@dataclass(frozen=True)
+class View:
+    """One version of an image: which part of it is seen, and how it is changed.
 
-    place says where the square lies along each axis: 0 is left or top, 0.5 the centre, 1 right or bottom.
+    place says where the crop lies along each axis: 0 is left or top, 0.5 the centre, 1 right or bottom. share is the
+    part of the largest possible crop's side that is kept, degrees the rotation; brightness and contrast are factors.
     """
-    from PIL import Image, ImageOps
 
-    return ImageOps.fit(image, (side, side), method=Image.Resampling.LANCZOS, centering=place)
+    place: tuple[float, float] = (0.5, 0.5)
+    share: float = 1.0
+    flip: bool = False
+    degrees: float = 0.0
+    brightness: float = 1.0
+    contrast: float = 1.0
+
+
+def render(image: Image.Image, size: tuple[int, int], view: View = View()) -> Image.Image:
+    """What a view shows of an image, resized to (width, height) pixels: cut to that shape, never stretched.
+
+    A rotated crop is as large as fits into the image, so that no empty corner is seen.
+    """
+    from PIL import Image, ImageEnhance, ImageOps
+
+    centre, crop = crop_of(image.size, size, view)
+    if view.degrees:
+        image = image.rotate(view.degrees, Image.Resampling.BICUBIC, center=centre)
+    (x, y), (width, height) = centre, crop
+    box = (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+    # Half a pixel's rounding must not put the box outside the image, which Pillow refuses.
+    box = tuple(min(max(0, edge), image.size[n % 2]) for n, edge in enumerate(box))
+    seen = image.resize(size, Image.Resampling.LANCZOS, box=box)
+    if view.brightness != 1:
+        seen = ImageEnhance.Brightness(seen).enhance(view.brightness)
+    if view.contrast != 1:
+        seen = ImageEnhance.Contrast(seen).enhance(view.contrast)
+    return ImageOps.mirror(seen) if view.flip else seen
+
+
+def crop_of(
+    image_size: tuple[int, int], size: tuple[int, int], view: View
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Centre and (width, height) of a view's crop, in pixels of the image, before the rotation about that centre."""
+    # The interpolation of a rotation reaches two pixels further than the crop.
+    margin = 2 if view.degrees else 0
+    (width, height), shape = (side - 2 * margin for side in image_size), size[0] / size[1]
+    cos, sin = math.cos(math.radians(view.degrees)), abs(math.sin(math.radians(view.degrees)))
+    # The rotated crop's bounding box has to fit: crop_width cos + crop_height sin wide, and so on.
+    crop_height = view.share * min(width / (shape * cos + sin), height / (shape * sin + cos))
+    crop_width = shape * crop_height
+    across, down = crop_width * cos + crop_height * sin, crop_width * sin + crop_height * cos
+    x = margin + across / 2 + view.place[0] * max(0.0, width - across)
+    y = margin + down / 2 + view.place[1] * max(0.0, height - down)
+    return (x, y), (crop_width, crop_height)
 
 
 def crop_place(center_crop: bool, seed: int, name: str) -> tuple[float, float]:

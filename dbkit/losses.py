@@ -53,15 +53,14 @@ def per_sample_mse(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tens
 
 
 def prior_preservation_loss(
-    sample_losses: torch.Tensor, instances: int, prior_loss_weight: float
+    sample_losses: torch.Tensor, instances: int, pairs: int, prior_loss_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L = L_instance + prior_loss_weight * L_class (Ruiz et al. 2023, arXiv:2208.12242, eq. 2), and its two parts.
 
     sample_losses has shape (B,): the first `instances` are instance images, the rest (maybe none) class images. Each
-    part is the mean over its own samples.
+    part is the mean over its own `pairs` samples; where images of several sizes share them, over several batches
+    whose losses add up to it.
     """
-    instance_loss = sample_losses[:instances].mean()
-    if len(sample_losses) == instances:
-        return instance_loss, instance_loss, instance_loss.new_zeros(())
-    class_loss = sample_losses[instances:].mean()
+    instance_loss = sample_losses[:instances].sum() / pairs
+    class_loss = sample_losses[instances:].sum() / pairs
     return instance_loss + prior_loss_weight * class_loss, instance_loss, class_loss

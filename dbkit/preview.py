@@ -115,7 +115,7 @@ def make_preview(
     cells = [(row, seed, scale) for seed, scale in columns for row in range(len(prompts))]
     shots = [Shot(prompts[row], draws.generator(seed, "preview"), scale, negative_prompt) for row, seed, scale in cells]
     with borrowed(models, device):
-        drawn = sample(models, shots, side, steps, batch_size, dtype)
+        drawn = sample(models, shots, (side, side), steps, batch_size, dtype)
         pictures = list(tqdm(drawn, "preview", len(shots), file=sys.stdout, mininterval=1, leave=False))
     folder = output.with_suffix("")
     paths = [folder / _file_name(row, prompts[row], seed, scale) for row, seed, scale in cells]

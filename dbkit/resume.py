@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dbkit import models
 from dbkit.checkpoint import Checkpoint, newest_valid
-from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
 from dbkit.examples import Example, fingerprint
 from dbkit.settings import plain
+from dbkit.train_config import TrainConfig
 
 
-def identity_of(config: TrainConfig, instance: list[Example], class_set: list[Example]) -> dict[str, Any]:
+def identity_of(
+    config: TrainConfig, instance: list[Example], class_set: list[Example], weights: Sequence[float] = (1.0,)
+) -> dict[str, Any]:
     """What a run's state belongs to. The model and the data count by what they hold, not by where they lie."""
     fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
     return {
@@ -22,6 +25,7 @@ def identity_of(config: TrainConfig, instance: list[Example], class_set: list[Ex
         "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
         "instance images or captions": fingerprint(instance),
         "class images": fingerprint(class_set),
+        "weights of the concepts": list(weights),
     }
 
 

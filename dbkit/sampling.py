@@ -31,9 +31,9 @@ class Shot:
 
 
 def sample(
-    models: Models, shots: Sequence[Shot], side: int, steps: int, batch_size: int, dtype: torch.dtype
+    models: Models, shots: Sequence[Shot], size: tuple[int, int], steps: int, batch_size: int, dtype: torch.dtype
 ) -> Iterator[Image.Image]:
-    """Yield one side × side picture for each shot, in order, on the device that the models are on.
+    """Yield one picture of size (width, height) for each shot, in order, on the device that the models are on.
 
     The sampler is DPM-Solver++ (arXiv:2211.01095), deterministic once the first noise is given, so a picture depends
     on its shot and not on the batch it was made in. The global random state is not touched.
@@ -41,12 +41,11 @@ def sample(
     import torch
 
     made = pipeline(models)
-    channels, latent_side = models.unet.config.in_channels, side // models.vae_scale_factor
+    width, height = size
+    shape = (models.unet.config.in_channels, height // models.vae_scale_factor, width // models.vae_scale_factor)
     for guidance_scale, group in itertools.groupby(shots, key=lambda shot: shot.guidance_scale):
         for batch in _batches(list(group), batch_size):
-            noise = [
-                torch.from_numpy(shot.random.standard_normal((channels, latent_side, latent_side))) for shot in batch
-            ]
+            noise = [torch.from_numpy(shot.random.standard_normal(shape)) for shot in batch]
             with torch.no_grad(), autocast(models.unet.device, dtype), quiet():
                 pictures = made(
                     prompt=[shot.prompt for shot in batch],
@@ -54,8 +53,8 @@ def sample(
                     latents=torch.stack(noise).to(models.unet.device, models.unet.dtype),
                     guidance_scale=guidance_scale,
                     num_inference_steps=steps,
-                    height=side,
-                    width=side,
+                    height=height,
+                    width=width,
                 ).images
             # Outside the block: a caller may stop here for good, and must not inherit no_grad and autocast.
             yield from pictures

@@ -7,14 +7,14 @@ from typing import Any
 
 from dbkit import embedded
 from dbkit.captions import read_caption
-from dbkit.config import ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit.config import CaptionConfig, ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.convert import convert
-from dbkit.dataset import REPORT
 from dbkit.embedded import SAMPLE, data_templates
 from dbkit.errors import DbkitError
 from dbkit.images import list_images
 from dbkit.libraries import choose_device
 from dbkit.models import model_facts
+from dbkit.report import REPORT
 from dbkit.settings import Settings, read_yaml
 from dbkit.workspace import Workspace
 
@@ -32,6 +32,9 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     """
     if cls is PrepareConfig:
         return _for_prepare(workspace)
+    if cls is CaptionConfig:
+        # Run from top to bottom, a notebook must not download a captioner that nobody asked for.
+        return {"folder": _dataset(workspace), "captioner": "none"}
     if cls is TrainConfig:
         return _for_train(workspace)
     if cls is PreviewConfig:
@@ -61,13 +64,13 @@ def _for_prepare(workspace: Workspace) -> dict[str, Any]:
         "source": source,
         "destination": Path("datasets") / source.stem,
         "resolution": _base_model(workspace)[1],
+        "pretrained_model_name_or_path": _base_model(workspace)[0],
     }
 
 
 def _for_train(workspace: Workspace) -> dict[str, Any]:
     base, resolution = _base_model(workspace)
-    report = workspace.newest(f"datasets/*/{REPORT}")
-    dataset = report.parent if report else workspace.newest("photos/*/") or data_templates() / SAMPLE
+    dataset = _dataset(workspace)
     values: dict[str, Any] = {"pretrained_model_name_or_path": base, "resolution": resolution}
     values |= {"instance_data_dir": dataset, "output_dir": Path("runs") / dataset.name}
     if dataset.name == SAMPLE:
@@ -78,6 +81,12 @@ def _for_train(workspace: Workspace) -> dict[str, Any]:
     if embedded.is_embedded(base):
         values |= {**embedded.TRAINING, "save_model_every_n_steps": embedded.TRAINING["max_train_steps"] // 2}
     return values
+
+
+def _dataset(workspace: Workspace) -> Path:
+    """The images that were prepared last, or photographs, or the sample subject."""
+    report = workspace.newest(f"datasets/*/{REPORT}")
+    return report.parent if report else workspace.newest("photos/*/") or data_templates() / SAMPLE
 
 
 def _for_preview(workspace: Workspace) -> dict[str, Any]:

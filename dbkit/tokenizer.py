@@ -7,9 +7,10 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
-from dbkit.libraries import loading
+from dbkit.libraries import hub_options, loading
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -27,7 +28,19 @@ def load_tokenizer(name: str | None) -> CLIPTokenizer:
         return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION)
 
 
-def clip_tokenizer(name: str | Path, **options: str) -> CLIPTokenizer:
+def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:
+    """The tokenizer of a model folder or Hugging Face id, without the rest of the model."""
+    folder = local_folder(name)
+    options = {"revision": revision} if revision else {}
+    if folder.is_dir():
+        with loading(name):
+            return clip_tokenizer(folder, subfolder="tokenizer")
+    options |= hub_options(name)
+    with loading(name):
+        return clip_tokenizer(name, subfolder="tokenizer", **options)
+
+
+def clip_tokenizer(name: str | Path, **options: Any) -> CLIPTokenizer:
     """A CLIP tokenizer as transformers loads it, which must know words."""
     from transformers import CLIPTokenizer
 

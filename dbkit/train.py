@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit.cache import Pool, draw_batch, encode_images, encode_prompts, tokenize
-from dbkit.checkpoint import Checkpoint, commit, find_fault, load_state, rotate, save_state, step_folder
-from dbkit.class_images import generate_class_images
-from dbkit.config import ClassImagesConfig, TrainConfig
+from dbkit.cache import Pool, draw_batches, encode_images, encode_prompts, tokenize
+from dbkit.checkpoint import commit, find_fault, load_state, rotate, save_state, step_folder
+from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
-from dbkit.examples import Example, class_examples, instance_examples
-from dbkit.files import move_aside, one_process, require_space, stop_requests
-from dbkit.images import list_images
+from dbkit.files import one_process, require_space, stop_requests
+from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
 from dbkit.losses import add_noise, noise_target, per_sample_mse, prior_preservation_loss
-from dbkit.models import Models, check_resolution, load_models, model_facts, save_models
+from dbkit.models import Models, check_resolution, load_models, save_models
 from dbkit.optimizers import (
     learning_rates,
     make_optimizer,
     make_scaler,
     out_of_memory_is_a_sentence,
-    probe_8bit_adam,
 )
-from dbkit.preview import make_preview, read_prompts
-from dbkit.resume import check_same_run, identity_of, newest_state
+from dbkit.order import Order
+from dbkit.planning import RunPlan, make_plan
+from dbkit.preview import make_preview
 from dbkit.sampling import autocast
 from dbkit.settings import configured_by, replace
+from dbkit.train_config import TrainConfig
 from dbkit.workspace import default_folder
 
 if TYPE_CHECKING:
@@ -55,7 +51,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    plan = _make_plan(config, run, device)
+    plan = make_plan(config, run, device)
     if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
         print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
         return run / "model"
@@ -94,7 +90,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     with stop_requests() as stop, out_of_memory_is_a_sentence():
         for step in range(done + 1, total + 1):
             rate = learning_rate(step - 1)
-            losses, grad_norm = train_step(models, pools, optimizer, scaler, config, dtype, step, rate)
+            losses, grad_norm = train_step(models, pools, plan.order, optimizer, scaler, config, dtype, step, rate)
             log.add(step, losses, grad_norm, rate)
             if stop.made:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
@@ -119,6 +115,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
 def train_step(
     models: Models,
     pools: list[Pool],
+    order: Order,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: TrainConfig,
@@ -138,16 +135,18 @@ def train_step(
     losses = torch.zeros(3, device=unet.device)
     for number in range(passes):
         samples = range(number * size, (number + 1) * size)
-        batch = draw_batch(pools, config.seed, step, samples, size * passes, timesteps)
-        alphas_cumprod = noise_scheduler.alphas_cumprod
-        noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-        target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-        with autocast(unet.device, dtype):
-            text = encode_prompts(text_encoder, batch.prompts) if config.train_text_encoder else batch.prompts
-            model_pred = unet(noisy_latents, batch.timesteps, text).sample
-        parts = prior_preservation_loss(per_sample_mse(model_pred, target), batch.instances, config.prior_loss_weight)
-        scaler.scale(parts[0] / passes).backward()
-        losses += torch.stack(parts).detach() / passes
+        # One batch, or with buckets one for each size among these samples: their losses add up to the mean.
+        for batch in draw_batches(pools, order, step, samples, timesteps):
+            alphas_cumprod = noise_scheduler.alphas_cumprod
+            noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+            target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+            with autocast(unet.device, dtype):
+                text = encode_prompts(text_encoder, batch.prompts) if config.train_text_encoder else batch.prompts
+                model_pred = unet(noisy_latents, batch.timesteps, text).sample
+            errors = per_sample_mse(model_pred, target)
+            parts = prior_preservation_loss(errors, batch.instances, batch.pairs, config.prior_loss_weight)
+            scaler.scale(parts[0] / passes).backward()
+            losses += torch.stack(parts).detach() / passes
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -157,75 +156,6 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return losses, grad_norm
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What a run will do, found out without loading a model: its data, its steps, and where it goes on from."""
-
-    instance: list[Example]
-    class_set: list[Example]
-    previews: list[str]
-    total: int
-    done: int
-    saved: Checkpoint | None
-    identity: dict[str, Any]
-
-
-def _make_plan(config: TrainConfig, run: Path, device: torch.device) -> _Plan:
-    """Check model folder, images and captions, say what was found, and generate class images where they are missing."""
-    check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
-    if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
-        raise DbkitError(f"output_dir {run} is a folder of pictures and no run; choose another output_dir")
-    if config.use_8bit_adam:
-        probe_8bit_adam(device)
-    instance = instance_examples(config)
-    previews = _preview_prompts(config, instance)
-    total = _total_steps(config, len(instance))
-    if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
-        print(f"the earlier run is moved to {move_aside(run)}")
-    saved = newest_state(run)
-    seen = total * config.train_batch_size * config.gradient_accumulation_steps / len(instance)
-    print(f"{len(instance)} instance images; the first one's prompt: {instance[0].prompt}")
-    print(f"{total} steps, in which each instance image is seen {seen:.3g} times on average")
-    class_set = _class_examples(config)
-    identity = identity_of(config, instance, class_set)
-    done = check_same_run(saved, identity, run)
-    if 0 < done < total:
-        print(f"continuing after step {done}")
-    return _Plan(instance, class_set, previews, total, done, saved, identity)
-
-
-def _total_steps(config: TrainConfig, images: int) -> int:
-    """max_train_steps, or enough optimizer steps to show every instance image num_train_epochs times."""
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
-    total = config.max_train_steps or math.ceil(images * config.num_train_epochs / per_step)
-    if config.lr_warmup_steps >= total:
-        raise DbkitError(
-            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {total} steps; make the warm-up shorter"
-        )
-    return total
-
-
-def _class_examples(config: TrainConfig) -> list[Example]:
-    """The class images, generated where they are missing; none without prior preservation."""
-    if not config.with_prior_preservation:
-        return []
-    shared = {field.name for field in dataclasses.fields(ClassImagesConfig)} & {
-        f.name for f in dataclasses.fields(config)
-    }
-    made = generate_class_images(ClassImagesConfig(**{name: getattr(config, name) for name in shared}))
-    print(made)
-    return class_examples(config, made.paths)
-
-
-def _preview_prompts(config: TrainConfig, instance: list[Example]) -> list[str]:
-    if config.test_prompts_file:
-        return read_prompts(config.test_prompts_file)
-    if config.test_prompt:
-        return [config.test_prompt]
-    # The class prompt without the identifier is where an overdone training shows first.
-    return [instance[0].prompt, *([config.class_prompt] if config.with_prior_preservation else [])]
 
 
 def _trained_parts(config: TrainConfig, models: Models, device: torch.device) -> dict[str, torch.nn.Module]:
@@ -254,16 +184,16 @@ def _require_run_space(run: Path, config: TrainConfig, models: Models, parameter
     require_space(run, max(state, 2 * state + (kept + 1) * usable - there), "this run")
 
 
-def _make_pools(config: TrainConfig, models: Models, plan: _Plan, device: torch.device) -> list[Pool]:
+def _make_pools(config: TrainConfig, models: Models, plan: RunPlan, device: torch.device) -> list[Pool]:
     """Encode images, and prompts unless their encoder is trained; then free the device of what did it."""
     import torch
 
     models.noise_scheduler.alphas_cumprod = models.noise_scheduler.alphas_cumprod.to(device)
     models.vae.to(device)
     models.text_encoder.to(device)
-    distinct = list(dict.fromkeys(example.prompt for example in [*plan.instance, *plan.class_set]))
+    distinct = list(dict.fromkeys(prompt for e in [*plan.instance, *plan.class_set] for prompt in e.prompts))
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    _say_tokens(models, distinct)
+    _say_tokens(models, plan.concepts, distinct)
     prompts = tokenize(models.tokenizer, distinct).to(device)
     if not config.train_text_encoder:
         with torch.no_grad():
@@ -272,16 +202,19 @@ def _make_pools(config: TrainConfig, models: Models, plan: _Plan, device: torch.
     pools = []
     for role, examples in (("instance", plan.instance), ("class", plan.class_set)):
         if examples:
-            latents = encode_images(models.vae, examples, config.resolution, device)
-            prompt_of = torch.tensor([row_of[example.prompt] for example in examples], device=device)
-            pools.append(Pool(role, latents, prompts, prompt_of))
+            latents, places = encode_images(models.vae, examples, device)
+            prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]
+            pools.append(Pool(role, latents, places, prompts, prompt_rows))
     models.vae.to("cpu")
     return pools
 
 
-def _say_tokens(models: Models, prompts: list[str]) -> None:
-    """Say how the model reads the first prompt, and which ones are longer than what it reads."""
+def _say_tokens(models: Models, concepts: list[Concept], prompts: list[str]) -> None:
+    """Say how the model reads the prompts: each concept's identifier, and which prompts are cut."""
     with quiet():
+        for concept in concepts:
+            if concept.instance_prompt and concept.class_prompt:
+                print(describe(models.tokenizer, concept.instance_prompt, concept.class_prompt))
         lengths = [len(ids) for ids in models.tokenizer(prompts).input_ids]
     most = min(models.tokenizer.model_max_length, 77)
     print(f"the first prompt has {lengths[0] - 2} tokens; the model reads at most {most - 2}")

@@ -56,9 +56,9 @@ class Workspace:
             value = getattr(config, field.name)
             if is_path(field_type(type(config), field.name)) and value not in (None, Path(embedded.NAME)):
                 changes[field.name] = self.path / value
-        for name in ("pretrained_model_name_or_path", "tokenizer_name"):
+        for name in ("pretrained_model_name_or_path", "tokenizer_name", "model", "clip", "dino"):
             value = getattr(config, name, None)
-            if value and (self.path / value).exists():
+            if isinstance(value, str) and value and (self.path / value).exists():
                 changes[name] = str(self.path / value)
         return dataclasses.replace(config, **changes)
 

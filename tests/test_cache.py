@@ -6,9 +6,13 @@ import torch
 from PIL import Image
 
 from dbkit import draws
-from dbkit.cache import Latents, Pool, draw_batch, encode_images, encode_prompts, tokenize
+from dbkit.cache import Latents, Pool, draw_batches, encode_images, encode_prompts, tokenize
+from dbkit.concepts import concepts_of
 from dbkit.examples import instance_examples
+from dbkit.images import read_image, render
 from dbkit.models import load_models
+from dbkit.order import Order
+from dbkit.settings import replace
 
 CPU = torch.device("cpu")
 
@@ -18,33 +22,71 @@ def models(model):
     return load_models(model)
 
 
-def make_pool(role="instance", count=5, prompts=2) -> Pool:
+SQUARE, WIDE = (64, 64), (96, 64)
+
+
+def make_pool(role="instance", count=5, prompts=2, sizes=(SQUARE,), views=1) -> Pool:
+    """A pool of random latents; image i has the size sizes[i % len(sizes)] and the prompt i % prompts."""
     random = torch.Generator().manual_seed(3 if role == "instance" else 4)
-    mean, std = (torch.randn(count, 4, 8, 8, generator=random) for _ in range(2))
+    latents, places = [], [[] for _ in range(count)]
+    for number, (width, height) in enumerate(sizes):
+        own = range(number, count, len(sizes))
+        shape = (len(own) * views, 4, height // 8, width // 8)
+        mean, std = (torch.randn(shape, generator=random) for _ in range(2))
+        latents.append(Latents(mean, std.abs()))
+        for row, image in enumerate(own):
+            places[image] = [(number, row * views + view) for view in range(views)]
     rows = torch.randn(prompts, 77, 16, generator=random)
-    return Pool(role, Latents(mean, std.abs()), rows, torch.arange(count) % prompts)
+    return Pool(role, latents, places, rows, [[image % prompts] for image in range(count)])
+
+
+def make_order(seed=0, per_step=1, instances=5, classes=0, sizes=(SQUARE,)) -> Order:
+    kinds = [tuple((0, sizes[i % len(sizes)]) for i in range(count)) for count in (instances, classes)]
+    return Order(seed, per_step, *kinds)
+
+
+def pixels_of(image):
+    return torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
+
+
+def posterior_of(models, image):
+    with torch.no_grad():
+        return models.vae.encode(pixels_of(image)).latent_dist
 
 
 def test_latents_equal_those_of_the_vae_for_each_image_alone(models, config):
-    examples = instance_examples(config)
-    latents = encode_images(models.vae, examples, 64, CPU)
+    examples = instance_examples(config, concepts_of(config))
+    (latents,), places = encode_images(models.vae, examples, CPU)
     assert latents.mean.shape == latents.std.shape == (3, 4, 8, 8)
+    assert places == [[(0, 0)], [(0, 1)], [(0, 2)]]
     for number, example in enumerate(examples):
         # The photographs are 96 x 80: their middle square is 80 x 80.
         image = Image.open(example.path).resize((64, 64), Image.Resampling.LANCZOS, box=(8, 0, 88, 80))
-        pixels = torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1
-        with torch.no_grad():
-            posterior = models.vae.encode(pixels).latent_dist
-        factor = models.vae.config.scaling_factor
+        posterior, factor = posterior_of(models, image), models.vae.config.scaling_factor
         torch.testing.assert_close(latents.mean[number], posterior.mean[0] * factor)
         torch.testing.assert_close(latents.std[number], posterior.std[0] * factor)
 
 
+def test_every_view_of_every_size_lies_where_its_place_says(models, config, photos):
+    Image.new("RGB", (40, 96), "navy").save(photos / "tall.png")
+    config = replace(config, use_aspect_ratio_bucket=True, hflip=True)
+    examples = instance_examples(config, concepts_of(config))
+    latents, places = encode_images(models.vae, examples, CPU)
+    assert len(latents) == len({example.size for example in examples}) == 2
+    for example, own in zip(examples, places):
+        assert len(own) == len(example.views) == 2
+        for view, (number, row) in zip(example.views, own):
+            posterior = posterior_of(models, render(read_image(example.path), example.size, view))
+            expected = posterior.mean[0] * models.vae.config.scaling_factor
+            torch.testing.assert_close(latents[number].mean[row], expected)
+            assert expected.shape[1:] == (example.size[1] // 8, example.size[0] // 8)
+
+
 def test_drawn_latents_are_mean_plus_std_times_noise():
-    pool, noise = make_pool(), torch.randn(2, 4, 8, 8)
-    drawn = pool.latents.draw(torch.tensor([4, 1]), noise)
+    (latents,), noise = make_pool().latents, torch.randn(2, 4, 8, 8)
+    drawn = latents.draw(torch.tensor([4, 1]), noise)
     for row, index in enumerate((4, 1)):
-        assert torch.equal(drawn[row], pool.latents.mean[index] + pool.latents.std[index] * noise[row])
+        assert torch.equal(drawn[row], latents.mean[index] + latents.std[index] * noise[row])
 
 
 def test_token_ids_are_padded_and_cut_to_77(models):
@@ -66,46 +108,79 @@ def test_text_states_are_those_the_pipeline_uses(models):
     assert torch.equal(states, expected)
 
 
+def draw(pools, order, step, samples):
+    (batch,) = draw_batches(pools, order, step, samples, 1000)
+    return batch
+
+
 def test_a_batch_is_what_its_generators_draw():
     pools = [make_pool("instance", 5), make_pool("class", 7)]
-    batch = draw_batch(pools, seed=11, step=4, samples=range(2, 4), per_step=6, timesteps=1000)
-    assert batch.instances == 2
+    batch = draw(pools, make_order(seed=11, per_step=6, classes=7), 4, range(2, 4))
+    assert (batch.instances, batch.pairs) == (2, 2)
     row = 0
     for pool in pools:
         for sample in (2, 3):
             random = draws.generator(11, pool.role, step=4, sample=sample)
             timestep = int(random.integers(1000))
             noise, latent_noise = torch.from_numpy(random.standard_normal((2, 4, 8, 8), dtype=np.float32))
-            index = draws.index(11, f"{pool.role} order", len(pool.prompt_of), (4 - 1) * 6 + sample)
+            index = draws.index(11, f"{pool.role} order", len(pool.places), (4 - 1) * 6 + sample)
+            latents = pool.latents[0]
             assert batch.timesteps[row] == timestep
             assert torch.equal(batch.noise[row], noise)
-            assert torch.equal(batch.latents[row], pool.latents.mean[index] + pool.latents.std[index] * latent_noise)
+            assert torch.equal(batch.latents[row], latents.mean[index] + latents.std[index] * latent_noise)
             assert torch.equal(batch.prompts[row], pool.prompts[index % 2])
             row += 1
     assert row == len(batch.timesteps)
 
 
 def test_small_batches_of_a_step_are_parts_of_its_large_batch():
-    pool = make_pool()
-    large = draw_batch([pool], 0, 3, range(4), 4, 1000)
-    small = [draw_batch([pool], 0, 3, range(n, n + 1), 4, 1000) for n in range(4)]
+    pools, order = [make_pool()], make_order(per_step=4)
+    large = draw(pools, order, 3, range(4))
+    small = [draw(pools, order, 3, range(n, n + 1)) for n in range(4)]
     for name in ("latents", "noise", "timesteps", "prompts"):
         assert torch.equal(getattr(large, name), torch.cat([getattr(batch, name) for batch in small]))
 
 
-def test_each_epoch_shows_every_image_once():
-    count = 5
-    pool = Pool("instance", make_pool(count=count).latents, torch.zeros(count, 1), torch.arange(count))
-    pool.prompts[:, 0] = torch.arange(count)
-    shown = [int(draw_batch([pool], 0, step, range(1), 1, 1000).prompts) for step in range(1, 4 * count + 1)]
-    epochs = [shown[start : start + count] for start in range(0, len(shown), count)]
-    assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 1
+def test_images_of_several_sizes_make_one_batch_for_each_size():
+    sizes = (SQUARE, WIDE)
+    pools = [make_pool("instance", 5, 5, sizes), make_pool("class", 4, 4, sizes)]
+    order = make_order(per_step=5, classes=4, sizes=sizes)
+    batches = draw_batches(pools, order, 1, range(5), 1000)
+    shapes = [tuple(batch.latents.shape[2:]) for batch in batches]
+    assert sorted(shapes) == [(8, 8), (8, 12)]
+    assert sum(batch.instances for batch in batches) == 5
+    assert all(batch.pairs == 5 for batch in batches)
+    for batch, shape in zip(batches, shapes):
+        # Sizes alternate in the pools: even images are square, odd ones wide.
+        parity = 0 if shape == (8, 8) else 1
+        images = set(range(parity, 5, 2))
+        for row in batch.prompts[: batch.instances]:
+            assert any(torch.equal(row, pools[0].prompts[image]) for image in images)
+        # Each class image has the size of its instance image, so they share the pass.
+        assert len(batch.latents) == 2 * batch.instances
+
+
+def test_views_and_prompts_change_from_step_to_step_and_are_those_of_the_sample():
+    pool = make_pool(count=1, prompts=3, views=4)
+    pool.prompt_rows[0] = [0, 1, 2]
+    order = make_order(instances=1)
+    seen = set()
+    for step in range(1, 60):
+        batch = draw([pool], order, step, range(1))
+        view, prompt = draws.generator(0, "variant", step, 0).integers([4, 3])
+        assert torch.equal(batch.prompts[0], pool.prompts[prompt])
+        random = draws.generator(0, "instance", step, 0)
+        random.integers(1000)
+        latent_noise = torch.from_numpy(random.standard_normal((2, 4, 8, 8), dtype=np.float32))[1]
+        latents = pool.latents[0]
+        assert torch.equal(batch.latents[0], latents.mean[view] + latents.std[view] * latent_noise)
+        seen.add((int(view), int(prompt)))
+    assert len(seen) == 12
 
 
 def test_other_steps_samples_seeds_and_roles_draw_other_noise():
     batches = [
-        draw_batch([make_pool(role)], seed, step, range(sample, sample + 1), 2, 1000)
+        draw([make_pool(role)], make_order(seed, per_step=2, classes=5), step, range(sample, sample + 1))
         for role in ("instance", "class")
         for seed in (0, 1)
         for step in (1, 2)
@@ -116,5 +191,5 @@ def test_other_steps_samples_seeds_and_roles_draw_other_noise():
 
 def test_drawing_a_batch_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    draw_batch([make_pool()], 0, 1, range(2), 2, 1000)
+    draw_batches([make_pool()], make_order(per_step=2), 1, range(2), 1000)
     assert torch.equal(torch.get_rng_state(), before)

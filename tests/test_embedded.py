@@ -120,7 +120,7 @@ def pictures():
     """One picture of each thing in each place."""
     prompts = [f"a photo of a {noun} {place}" for noun in NOUNS for place in PLACES]
     shots = [Shot(prompt, draws.generator(0, "preview", sample=n), 5.0) for n, prompt in enumerate(prompts)]
-    return list(sample(load_models(embedded.MODEL), shots, embedded.RESOLUTION, 20, 16, torch.float32))
+    return list(sample(load_models(embedded.MODEL), shots, (embedded.RESOLUTION,) * 2, 20, 16, torch.float32))
 
 
 def test_it_draws_the_thing_and_the_setting_that_a_prompt_names(pictures):

@@ -6,7 +6,7 @@ from PIL import Image
 
 from dbkit import DbkitError, EvaluateConfig, embedded, evaluate
 from dbkit.evaluate import Figures, _Clip, _default_prompts, _Dino, _measure, _without_identifier
-from dbkit.images import list_images, read_image, square
+from dbkit.images import list_images, read_image, render
 
 CPU = torch.device("cpu")
 
@@ -23,7 +23,7 @@ def dino():
 
 def sample_set(name):
     paths = list_images(embedded.data_templates() / name)
-    return [square(read_image(path), embedded.RESOLUTION) for path in paths]
+    return [render(read_image(path), (embedded.RESOLUTION,) * 2) for path in paths]
 
 
 def test_a_subject_is_likest_to_itself_whatever_is_behind_it(clip, dino):

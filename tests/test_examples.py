@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from dbkit import DbkitError, TrainConfig, prepare_dataset
+from dbkit.concepts import concepts_of
 from dbkit.examples import class_examples, fingerprint, instance_examples
 from dbkit.images import list_images
 
@@ -26,7 +27,7 @@ def test_clutter_is_ignored(photos, tmp_path):
     prepared = {image.source for image in report.kept}
     assert prepared == {"teal.png", "crimson.png", "gold.png"}
     assert report.refused == {}
-    assert {example.path.name for example in instance_examples(training(photos))} == prepared
+    assert {example.path.name for example in examples_of(training(photos))} == prepared
 
 
 def training(folder, **changes):
@@ -35,8 +36,12 @@ def training(folder, **changes):
     return TrainConfig(**values, **({} if labels & set(changes) else {"instance_prompt": "photo of zwx"}), **changes)
 
 
+def examples_of(config):
+    return instance_examples(config, concepts_of(config))
+
+
 def test_one_prompt_for_every_image(photos):
-    examples = instance_examples(training(photos))
+    examples = examples_of(training(photos))
     assert [(example.path.name, example.prompt) for example in examples] == [
         ("crimson.png", "photo of zwx"),
         ("gold.png", "photo of zwx"),
@@ -48,13 +53,13 @@ def test_one_prompt_for_every_image(photos):
 
 
 def test_each_images_text_file_is_its_prompt(photos):
-    prompts = [example.prompt for example in instance_examples(training(photos, use_txt_as_label=True))]
+    prompts = [example.prompt for example in examples_of(training(photos, use_txt_as_label=True))]
     assert prompts == ["a crimson thing", "a gold thing", "a teal thing"]
 
 
 def test_each_images_file_name_is_its_prompt(photos):
     picture(photos / "a red dog, v1.5.jpg")
-    prompts = [example.prompt for example in instance_examples(training(photos, use_filename_as_label=True))]
+    prompts = [example.prompt for example in examples_of(training(photos, use_filename_as_label=True))]
     assert prompts == ["a red dog, v1.5", "crimson", "gold", "teal"]
 
 
@@ -63,14 +68,14 @@ def test_missing_captions_are_named_all_at_once(photos):
     (photos / "gold.txt").write_text(" ")
     sentence = r"^2 of 3 images in .*photos have no caption \(gold.png, teal.png\); write a .txt file of the same name"
     with pytest.raises(DbkitError, match=sentence):
-        instance_examples(training(photos, use_txt_as_label=True))
+        examples_of(training(photos, use_txt_as_label=True))
 
 
 def test_of_many_missing_captions_five_are_named_and_the_rest_counted(tmp_path):
     for number in range(7):
         picture(tmp_path / "in" / f"{number}.png")
     with pytest.raises(DbkitError, match=r"^7 of 7 .* \(0.png, 1.png, 2.png, 3.png, 4.png and 2 more\);"):
-        instance_examples(training(tmp_path / "in", use_txt_as_label=True))
+        examples_of(training(tmp_path / "in", use_txt_as_label=True))
 
 
 def test_unreadable_images_are_named_all_at_once(photos):
@@ -79,12 +84,12 @@ def test_unreadable_images_are_named_all_at_once(photos):
     with pytest.raises(
         DbkitError, match=r"^2 of 5 images are not usable: a.png cannot be read .*, b.jpg cannot be read "
     ):
-        instance_examples(training(photos))
+        examples_of(training(photos))
 
 
 def test_a_folder_of_images_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(DbkitError, match=r"^instance_data_dir .*gone is not a folder; check the path, or make it with"):
-        instance_examples(training(tmp_path / "gone"))
+        examples_of(training(tmp_path / "gone"))
 
 
 def test_a_folder_of_images_that_is_empty_is_refused(tmp_path):
@@ -92,13 +97,13 @@ def test_a_folder_of_images_that_is_empty_is_refused(tmp_path):
     with pytest.raises(
         DbkitError, match=r"^there are no images in instance_data_dir .*in; put 5 to 20 photographs there$"
     ):
-        instance_examples(training(tmp_path / "in"))
+        examples_of(training(tmp_path / "in"))
 
 
 def test_images_in_a_folder_below_are_pointed_out(tmp_path):
     picture(tmp_path / "in" / "dog" / "a.png")
     with pytest.raises(DbkitError, match=r"there are some in .*dog: name that folder$"):
-        instance_examples(training(tmp_path / "in"))
+        examples_of(training(tmp_path / "in"))
 
 
 def with_class(photos):
@@ -107,12 +112,12 @@ def with_class(photos):
 
 def test_class_images_all_have_the_class_prompt(photos, tmp_path):
     picture(tmp_path / "class" / "a.png")
-    examples = class_examples(with_class(photos), list_images(tmp_path / "class"))
+    examples = class_examples(with_class(photos), *concepts_of(with_class(photos)), list_images(tmp_path / "class"))
     assert [example.prompt for example in examples] == ["photo of a thing"]
 
 
 def marked(folder, **changes):
-    return fingerprint(instance_examples(training(folder, **{"use_txt_as_label": True, **changes})))
+    return fingerprint(examples_of(training(folder, **{"use_txt_as_label": True, **changes})))
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_images_lie(photos, tmp_path):
@@ -136,7 +141,7 @@ def test_the_fingerprint_changes_with_an_images_bytes(photos):
 
 
 def test_the_fingerprint_changes_with_the_order(photos):
-    examples = instance_examples(training(photos))
+    examples = examples_of(training(photos))
     assert fingerprint(examples) != fingerprint(examples[::-1])
 
 

@@ -37,10 +37,10 @@ def test_opening_a_form_writes_nothing(workspace):
 
 
 def test_a_change_is_kept_and_refilled(workspace):
-    form(PrepareConfig, workspace).set(resolution=96, center_crop=False)
-    assert kept(workspace, "prepare") == {"resolution": "96", "center_crop": False}
+    form(PrepareConfig, workspace).set(resolution=96, framing="random")
+    assert kept(workspace, "prepare") == {"resolution": "96", "framing": "random"}
     again = form(PrepareConfig, workspace).read()
-    assert (again.resolution, again.center_crop) == (96, False)
+    assert (again.resolution, again.framing) == (96, "random")
 
 
 def test_a_learning_rate_looks_like_one(workspace):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dbkit import DbkitError
-from dbkit.images import crop_place, is_hidden, list_images, read_image, square
+from dbkit.images import View, crop_place, is_hidden, list_images, read_image, render
 
 
 def exif_of(orientation):
@@ -191,7 +191,7 @@ def test_a_circle_stays_a_circle(width, height, side):
     centre, radius = (width / 2, height / 2), 60
     box = (centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius)
     ImageDraw.Draw(image).ellipse(box, fill="black")
-    result = square(image, side)
+    result = render(image, (side, side))
     assert result.size == (side, side)
     wide, high = extent(result)
     assert abs(wide - high) <= 1
@@ -203,14 +203,14 @@ def test_a_circle_stays_a_circle(width, height, side):
     [((0, 0), {(255, 0, 0), (0, 0, 255)}), ((1, 0.5), {(0, 255, 0), (255, 255, 255)}), ((0.5, 1), None)],
 )
 def test_the_place_says_which_part_of_a_wide_image_is_kept(place, colours):
-    kept = square(quarters(32, 16), 16, place)
+    kept = render(quarters(32, 16), (16, 16), View(place))
     found = {colour for _, colour in kept.getcolors()}
     assert found == (colours or {(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)})
 
 
 def test_a_square_of_the_right_size_is_left_as_it_is():
     image = quarters(32, 32)
-    assert (pixels(square(image, 32)) == pixels(image)).all()
+    assert (pixels(render(image, (32, 32))) == pixels(image)).all()
 
 
 def test_images_are_listed_by_name_without_clutter_folders_and_other_files(tmp_path):

@@ -13,15 +13,16 @@ PACKAGE = Path(dbkit.__file__).parent
 
 # A module imports only from those before it.
 LISTED = """
-    errors files embedded settings config workspace draws images captions dataset examples libraries tokenizer
-    models sampling class_images cache losses checkpoint resume log optimizers preview evaluate train keys families
-    convert demo suggestions forms cli
+    errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
+    libraries tokenizer identifier faces measures doctor sources report dataset edits captioners captioning examples
+    models sampling class_images cache losses checkpoint resume log optimizers preview evaluate planning train keys
+    families convert demo suggestions forms editor cli
 """
 ORDER = LISTED.split()
 
 HEAVY = (
     "torch diffusers transformers accelerate safetensors huggingface_hub numpy PIL yaml tqdm ipywidgets IPython "
-    "bitsandbytes tokenizers"
+    "bitsandbytes tokenizers imagehash scipy cv2 onnxruntime rapidocr pillow_heif"
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from dbkit import DbkitError, train
-from dbkit.cache import draw_batch
+from dbkit.cache import draw_batches
 from dbkit.losses import prior_preservation_loss
 
 # The package's attribute `train` is the function; the module has its name.
@@ -56,19 +56,20 @@ def test_native_training_takes_on_a_style(tmp_path):
     check_style(learning.learn_style(0, tmp_path, num_per_prompt=2))
 
 
-def flipped(sample_losses, instances, weight):
-    loss, *parts = prior_preservation_loss(sample_losses, instances, weight)
+def flipped(*arguments):
+    loss, *parts = prior_preservation_loss(*arguments)
     return -loss, *parts
 
 
 def shuffled(*arguments):
-    """The batch with the prompts of instance and class images exchanged."""
-    batch = draw_batch(*arguments)
-    return dataclasses.replace(batch, prompts=batch.prompts.roll(batch.instances, 0))
+    """The batches with the prompts of instance and class images exchanged."""
+    return [
+        dataclasses.replace(batch, prompts=batch.prompts.roll(batch.instances, 0)) for batch in draw_batches(*arguments)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("name", "broken"), [("prior_preservation_loss", flipped), ("draw_batch", shuffled)], ids=["flipped", "shuffled"]
+    ("name", "broken"), [("prior_preservation_loss", flipped), ("draw_batches", shuffled)], ids=["flipped", "shuffled"]
 )
 def test_a_broken_loss_does_not_pass_for_learning(monkeypatch, tmp_path, name, broken):
     monkeypatch.setattr(MODULE, name, broken)

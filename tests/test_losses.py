@@ -82,13 +82,21 @@ def test_error_of_bf16_predictions_is_computed_in_fp32():
 
 @pytest.mark.parametrize("prior_loss_weight", [0.0, 0.3, 1.0])
 def test_prior_preservation_adds_the_weighted_mean_of_the_class_samples(prior_loss_weight):
-    losses = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0])
-    loss, instance_loss, class_loss = prior_preservation_loss(losses, 3, prior_loss_weight)
+    losses = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0, 60.0])
+    loss, instance_loss, class_loss = prior_preservation_loss(losses, 3, 3, prior_loss_weight)
     assert instance_loss.item() == pytest.approx((1 + 2 + 6) / 3)
-    assert class_loss.item() == pytest.approx((10 + 20) / 2)
-    assert loss.item() == pytest.approx((1 + 2 + 6) / 3 + prior_loss_weight * (10 + 20) / 2)
+    assert class_loss.item() == pytest.approx((10 + 20 + 60) / 3)
+    assert loss.item() == pytest.approx((1 + 2 + 6) / 3 + prior_loss_weight * (10 + 20 + 60) / 3)
+
+
+def test_batches_of_several_sizes_add_up_to_the_loss_of_all():
+    losses = torch.tensor([1.0, 2.0, 6.0, 10.0, 20.0, 60.0])
+    whole = prior_preservation_loss(losses, 3, 3, 0.3)
+    parts = [prior_preservation_loss(losses[rows], n, 3, 0.3) for rows, n in (([0, 3, 4], 1), ([1, 2], 2), ([5], 0))]
+    for number, expected in enumerate(whole):
+        assert sum(part[number].item() for part in parts) == pytest.approx(expected.item())
 
 
 def test_without_class_samples_the_loss_is_that_of_the_instances():
-    loss, instance_loss, class_loss = prior_preservation_loss(torch.tensor([1.0, 3.0]), 2, 0.3)
+    loss, instance_loss, class_loss = prior_preservation_loss(torch.tensor([1.0, 3.0]), 2, 2, 0.3)
     assert (loss.item(), instance_loss.item(), class_loss.item()) == (2.0, 2.0, 0.0)

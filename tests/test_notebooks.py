@@ -36,7 +36,7 @@ def test_no_outputs_counts_or_widget_state_are_stored(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_cells_after_the_first_import_show_and_call_only(path):
     cells = code_cells(path)[1:]
-    assert len(cells) <= 6 and sum(len(source(cell).splitlines()) for cell in cells) <= 20
+    assert len(cells) <= 8 and sum(len(source(cell).splitlines()) for cell in cells) <= 20
     for cell in cells:
         tree = ast.parse(source(cell))
         assert all(isinstance(node, ALLOWED) for node in tree.body)
@@ -47,4 +47,6 @@ def test_cells_after_the_first_import_show_and_call_only(path):
 def test_the_first_cell_is_the_same_everywhere_and_installs_this_version():
     firsts = {source(code_cells(path)[0]) for path in NOTEBOOKS}
     assert len(firsts) == 1
-    assert f"--no-index --find-links /content/drive/MyDrive/dbkit dbkit=={dbkit.__version__}" in firsts.pop()
+    # By its path: a package of this name that someone puts on an index is never taken for it.
+    wheel = f"/content/drive/MyDrive/dbkit/dbkit-{dbkit.__version__}-py3-none-any.whl"
+    assert f"%pip install -q {wheel}\n" in firsts.pop() + "\n"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from nbclient import NotebookClient
 from safetensors.torch import load_file
+from tiny_tagger import save_tagger
 
 import dbkit
 from dbkit.checkpoint import find_fault
@@ -21,6 +22,7 @@ SETTINGS = Path(__file__).parent / "notebook_settings"
 def seeded(workspace_folder):
     """A workspace whose forms were filled in with a very short training."""
     shutil.copytree(SETTINGS, workspace_folder / "settings")
+    save_tagger(workspace_folder / "models" / "tagger")
     return workspace_folder
 
 
@@ -35,6 +37,8 @@ def run(path):
 def test_in_order_and_again_they_make_an_export_that_reloads_to_the_trained_tensors(seeded, tmp_path):
     notebooks = [run(path) for path in [*NOTEBOOKS, *NOTEBOOKS]]
     assert "image/jpeg" in notebooks[3].cells[-2].outputs[-1].data
+    # The captions that notebook 3 wrote are in the prepared folder.
+    assert all(path.with_suffix(".txt").stat().st_size for path in (seeded / "datasets" / "poodle").glob("*.png"))
     trained = seeded / "runs" / "poodle"
     assert find_fault(trained / "model") is None
     assert [line["step"] for line in read_log(trained / "log.jsonl")] == [1, 4]

@@ -27,7 +27,9 @@ def make_shots(*guidance_scales: float, **changes) -> list[Shot]:
 
 
 def pixels(models, shots, batch_size=4, dtype=torch.float32, side=64, steps=2) -> np.ndarray:
-    return np.stack([np.asarray(picture, int) for picture in sample(models, shots, side, steps, batch_size, dtype)])
+    return np.stack(
+        [np.asarray(picture, int) for picture in sample(models, shots, (side, side), steps, batch_size, dtype)]
+    )
 
 
 def test_pictures_equal_those_of_diffusers_made_one_by_one(models, model):

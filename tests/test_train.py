@@ -200,18 +200,67 @@ def test_the_loss_of_a_later_step_is_that_of_its_own_draws(settings):
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.fixture
+def mixed(tmp_path) -> dict:
+    """Settings of two concepts of several shapes, with tags, augmentation, buckets and class images."""
+    tags = "zwx thing, red, round, small, on white"
+    for name, sizes in (("one", [(96, 80), (60, 120), (64, 64)]), ("two", [(130, 60), (80, 96)])):
+        for number, size in enumerate(sizes):
+            path = draw_photo(tmp_path / "sets" / name / f"{number}.png", size, colour="crimson" if number else "gold")
+            path.with_suffix(".txt").write_text(f"{tags}, number {number}")
+            draw_photo(tmp_path / "sets" / f"class of {name}" / f"{number}.png", size, colour="navy")
+    concepts = [
+        {
+            "instance_prompt": f"photo of {word} thing",
+            "class_prompt": f"photo of a {name} thing",
+            "instance_data_dir": name,
+            "class_data_dir": f"class of {name}",
+            "weight": weight,
+        }
+        for name, word, weight in (("one", "zwx", 2), ("two", "ukj", 1))
+    ]
+    (tmp_path / "sets" / "concepts_list.json").write_text(json.dumps(concepts))
+    return {
+        "instance_data_dir": None,
+        "instance_prompt": None,
+        "concepts_list": tmp_path / "sets" / "concepts_list.json",
+        "with_prior_preservation": True,
+        "num_class_images": 2,
+        "use_aspect_ratio_bucket": True,
+        "combine_prompt_from_txt": True,
+        "shuffle_tags": True,
+        "tag_dropout": 0.3,
+        "hflip": True,
+        "augment_rotation": 5,
+        "augment_crop": 0.2,
+        "augment_brightness": 0.1,
+        "train_batch_size": 2,
+    }
+
+
+def test_accumulated_passes_equal_one_batch_with_every_option_of_the_data(settings, mixed, tmp_path):
+    config = TrainConfig(**{**settings, **mixed, "log_interval": 1, "max_train_steps": 3})
+    logs = []
+    for size, passes in ((4, 1), (2, 2), (1, 4)):
+        run = tmp_path / f"{size} x {passes}"
+        train(config, output_dir=run, train_batch_size=size, gradient_accumulation_steps=passes)
+        logs.append([line["loss"] for line in log_of(run)])
+    assert logs[1] == pytest.approx(logs[0], rel=1e-4)
+    assert logs[2] == pytest.approx(logs[0], rel=1e-4)
+
+
 # Stop and go on.
 
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"with prior": True}, {"train_text_encoder": True}, {"gradient_accumulation_steps": 2}],
-    ids=["plain", "prior", "text encoder", "accumulation"],
+    [{}, {"with": "prior"}, {"train_text_encoder": True}, {"gradient_accumulation_steps": 2}, {"with": "mixed"}],
+    ids=["plain", "prior", "text encoder", "accumulation", "buckets, augmentation, tags, two concepts"],
 )
-def test_resumed_run_equals_straight_run(settings, prior, tmp_path, extra):
+def test_resumed_run_equals_straight_run(request, settings, tmp_path, extra):
     extra = dict(extra)
-    if extra.pop("with prior", False):
-        extra |= prior
+    if "with" in extra:
+        extra = request.getfixturevalue(extra["with"])
     config = TrainConfig(**{**settings, **extra, "learning_rate": 1e-3, "log_interval": 2})
     straight, once, twice = (tmp_path / name for name in ("straight", "once", "twice"))
     train(config, output_dir=straight, max_train_steps=10)

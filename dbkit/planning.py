@@ -1,0 +1,167 @@
+"""What a training run will do, found out before any model is loaded: its data, its order, where it goes on from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit.buckets import Size, bucket_limits, share_out, sizes_of
+from dbkit.checkpoint import Checkpoint
+from dbkit.class_images import make_class_images
+from dbkit.concepts import Concept, concepts_of, warnings
+from dbkit.config import ClassImagesConfig
+from dbkit.errors import DbkitError
+from dbkit.examples import Example, class_examples, describe, instance_examples, require_apart
+from dbkit.files import move_aside
+from dbkit.images import list_images
+from dbkit.models import Facts, check_resolution, model_facts
+from dbkit.optimizers import probe_8bit_adam
+from dbkit.order import Order
+from dbkit.preview import read_prompts
+from dbkit.resume import check_same_run, identity_of, newest_state
+from dbkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do, found out without loading a model: its data, its steps, and where it goes on from."""
+
+    concepts: list[Concept]
+    instance: list[Example]
+    class_set: list[Example]
+    order: Order
+    previews: list[str]
+    total: int
+    done: int
+    saved: Checkpoint | None
+    identity: dict[str, Any]
+
+
+def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
+    """Check model folder, images and captions, say what was found, and generate class images where they are missing."""
+    facts = model_facts(config.pretrained_model_name_or_path)
+    check_resolution(config.resolution, facts)
+    if config.use_aspect_ratio_bucket:
+        _check_buckets(config, facts)
+    if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
+        raise DbkitError(f"output_dir {run} is a folder of pictures and no run; choose another output_dir")
+    if config.use_8bit_adam:
+        probe_8bit_adam(device)
+    concepts = concepts_of(config)
+    instance = instance_examples(config, concepts)
+    previews = _preview_prompts(config, instance, concepts)
+    order = _order(config, concepts, instance, [])
+    total = _total_steps(config, order)
+    if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
+        print(f"the earlier run is moved to {move_aside(run)}")
+    saved = newest_state(run)
+    for sentence in (*describe(instance, concepts), *warnings(concepts)):
+        print(sentence)
+    print(
+        f"{total} steps; an epoch, which shows each image at least once, is {order.epoch_length / order.per_step:.3g}"
+    )
+    class_set = _class_examples(config, concepts, instance)
+    require_apart(instance, class_set)
+    order = _order(config, concepts, instance, class_set)
+    identity = identity_of(config, instance, class_set, order.weights)
+    done = check_same_run(saved, identity, run)
+    if 0 < done < total:
+        print(f"continuing after step {done}")
+    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity)
+
+
+def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:
+    """Raise DbkitError unless the model can take every bucket."""
+    _, _, shortest, longest = bucket_limits(config)
+    if shortest > longest:
+        raise DbkitError(f"bucket_min_side {shortest} is above bucket_max_side {longest}; lower it")
+    for width, height in sizes_of(config):
+        for side in (width, height):
+            if facts and side % facts.vae_scale_factor:
+                raise DbkitError(
+                    f"a bucket would be {width} x {height}, and this model's VAE needs multiples of "
+                    f"{facts.vae_scale_factor}; set bucket_step and bucket_min_side to such"
+                )
+
+
+def _order(config: TrainConfig, concepts: list[Concept], instance: list[Example], class_set: list[Example]) -> Order:
+    return Order(
+        config.seed,
+        config.train_batch_size * config.gradient_accumulation_steps,
+        tuple((example.concept, example.size) for example in instance),
+        tuple((example.concept, example.size) for example in class_set),
+        tuple(concept.weight for concept in concepts),
+    )
+
+
+def _total_steps(config: TrainConfig, order: Order) -> int:
+    """max_train_steps, or enough optimizer steps for num_train_epochs epochs."""
+    total = config.max_train_steps or math.ceil(order.epoch_length * config.num_train_epochs / order.per_step)
+    if config.lr_warmup_steps >= total:
+        raise DbkitError(
+            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {total} steps; make the warm-up shorter"
+        )
+    return total
+
+
+def _class_examples(config: TrainConfig, concepts: list[Concept], instance: list[Example]) -> list[Example]:
+    """The class images of every concept, generated where they are missing; none without prior preservation."""
+    if not config.with_prior_preservation:
+        return []
+    asked = [
+        (number, settings)
+        for number, concept in enumerate(concepts)
+        for settings in _class_settings(config, concept, [e.size for e in instance if e.concept == number])
+    ]
+    examples: list[Example] = []
+    for (number, _), made in zip(asked, make_class_images([settings for _, settings in asked])):
+        print(made)
+        examples += class_examples(config, concepts[number], made.paths, number)
+    return examples
+
+
+def _class_settings(config: TrainConfig, concept: Concept, sizes: list[Size]) -> list[ClassImagesConfig]:
+    """What to generate for a concept: class images in the sizes of its instance images, as many of each in proportion.
+
+    A folder that holds enough images already is used as it is.
+    """
+    shared = {field.name for field in dataclasses.fields(ClassImagesConfig)} & {
+        field.name for field in dataclasses.fields(config)
+    }
+    given = {name: getattr(config, name) for name in shared}
+    given |= {"class_prompt": concept.class_prompt, "class_data_dir": concept.class_data_dir}
+    folder = concept.class_data_dir
+    brought = len(list_images(folder)) if folder and folder.is_dir() else 0
+    if set(sizes) == {config.size} or brought >= config.num_class_images:
+        return [ClassImagesConfig(**given)]
+    shares = share_out(config.num_class_images - brought, {size: sizes.count(size) for size in sizes})
+    own = [ClassImagesConfig(**{**given, "num_class_images": brought})] if brought else []
+    return own + [
+        ClassImagesConfig(
+            **{
+                **given,
+                "num_class_images": count,
+                "width": size[0],
+                "height": size[1],
+                "class_data_dir": folder / f"{size[0]}x{size[1]}" if folder else None,
+            }
+        )
+        for size, count in shares.items()
+    ]
+
+
+def _preview_prompts(config: TrainConfig, instance: list[Example], concepts: list[Concept]) -> list[str]:
+    if config.test_prompts_file:
+        return read_prompts(config.test_prompts_file)
+    if config.test_prompt:
+        return [config.test_prompt]
+    firsts = [next(example.prompt for example in instance if example.concept == n) for n in range(len(concepts))]
+    # The class prompt without the identifier is where an overdone training shows first.
+    classes = [concept.class_prompt for concept in concepts if config.with_prior_preservation]
+    return list(dict.fromkeys([*firsts, *classes]))

@@ -1,0 +1,196 @@
+"""The report of a prepared data set: what was kept, cropped, refused and found, as text, table, picture and file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dbkit.doctor import Finding
+from dbkit.errors import DbkitError
+from dbkit.files import whole_file, write_text
+from dbkit.images import read_image
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+REPORT = "report.json"
+# In a folder of its own, where no training takes it for an image to learn.
+CONTACT_SHEET = Path("report") / "contact_sheet.jpg"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One prepared image: its new name, where it came from, its size before, and the share of it that the crop kept."""
+
+    file: str
+    source: str
+    width: int
+    height: int
+    kept: float
+    enlarged: bool
+    caption: str | None
+    sha256: str
+    # The caption as it came; where the one beside the image differs, someone edited it.
+    caption_before: str | None = None
+    part: Literal["whole", "head", "background"] = "whole"
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What prepare_dataset() kept, cropped, refused and found. Shows itself as a table in a notebook.
+
+    refused are pictures that cannot be used, left_out doubtful ones that the settings leave out, ignored what is no
+    picture; each by its name in the source with the reason. findings are what may harm, by name in the source too.
+    """
+
+    folder: Path
+    kept: list[Kept]
+    refused: dict[str, str]
+    findings: list[Finding] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def captions(self) -> int:
+        """How many images have a caption."""
+        return sum(bool(image.caption) for image in self.kept)
+
+    @property
+    def contact_sheet(self) -> Path:
+        """The picture of all images as the model sees them, with what was found about each."""
+        return self.folder / CONTACT_SHEET
+
+    def __str__(self) -> str:
+        lines = [self._head(), *(f"  {finding.says}" for finding in self.findings)]
+        lines += [f"  {image.source}: {note}" for image in self.kept if (note := _note(image))]
+        lines += [f"  left out: {name}: {why}" for name, why in self.left_out.items()]
+        lines += [f"  refused: {reason}" for reason in self.refused.values()]
+        lines += [f"  ignored: {name}: {why}" for name, why in self.ignored.items()]
+        if self.contact_sheet.is_file():
+            lines.append(f"look at it: {self.contact_sheet}")
+        return "\n".join(lines)
+
+    def _head(self) -> str:
+        counts = [f"{len(self.kept)} images", f"{self.captions} captions", f"{len(self.refused)} refused"]
+        if self.left_out:
+            counts.append(f"{len(self.left_out)} left out")
+        if self.findings:
+            counts.append(f"{len(self.findings)} to look at")
+        return f"{', '.join(counts)}: {self.folder}"
+
+    def _repr_html_(self) -> str:
+        whole = [f"<li>{html.escape(finding.says)}</li>" for finding in self.findings if finding.image is None]
+        rows = [self._row(image) for image in self.kept]
+        for title, names in (("left out", self.left_out), ("refused", self.refused), ("ignored", self.ignored)):
+            rows += [
+                f"<tr><td>{title}</td><td>{html.escape(name)}</td><td colspan=2>{html.escape(why)}</td></tr>"
+                for name, why in names.items()
+            ]
+        head = "<tr><th>as the model sees it</th><th>from</th><th>caption</th><th>look at</th></tr>"
+        return f"<p>{html.escape(self._head())}</p><ul>{''.join(whole)}</ul><table>{head}{''.join(rows)}</table>"
+
+    def _row(self, image: Kept) -> str:
+        said = "<br>".join(html.escape(finding.says) for finding in self.findings if finding.image == image.source)
+        return (
+            f'<tr><td><img src="data:image/jpeg;base64,{_encoded(self.folder / image.file)}"></td>'
+            f"<td>{html.escape(_title(image))}<br>{_note(image)}</td><td>{html.escape(image.caption or '')}</td>"
+            f"<td>{said}</td></tr>"
+        )
+
+
+def _title(image: Kept) -> str:
+    return image.source if image.part == "whole" else f"{image.source} ({image.part})"
+
+
+def _note(image: Kept) -> str:
+    if image.kept >= 0.995:
+        return ""
+    return f"{image.width} x {image.height}, the crop keeps {image.kept:.0%}"
+
+
+def _thumbnail(path: Path, side: int) -> Image.Image:
+    image = read_image(path)
+    image.thumbnail((side, side))
+    return image
+
+
+def _encoded(path: Path) -> str:
+    buffer = io.BytesIO()
+    _thumbnail(path, 96).save(buffer, "JPEG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_contact_sheet(report: DatasetReport, columns: int = 6, side: int = 160) -> Path:
+    """Save all images as the model sees them in one picture, each under its name and what was found about it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    checks = {name: sorted({f.check for f in report.findings if f.image == name}) for name in _sources(report)}
+    font, gap, line = ImageFont.load_default(12), 8, 15
+    cell, rows = (side + gap, side + 3 * line + gap), -(-len(report.kept) // columns)
+    sheet = Image.new("RGB", (gap + min(columns, len(report.kept)) * cell[0], gap + rows * cell[1]), "white")
+    pen = ImageDraw.Draw(sheet)
+    for number, image in enumerate(report.kept):
+        x, y = gap + number % columns * cell[0], gap + number // columns * cell[1]
+        picture = _thumbnail(report.folder / image.file, side)
+        zoom = max(1, side // max(picture.size))
+        picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
+        note = f"keeps {image.kept:.0%}" if image.kept < 0.995 else ""
+        lines = ((_title(image), "black"), (note, "dimgray"), (", ".join(checks[image.source]), "firebrick"))
+        for row, (text, colour) in enumerate(lines):
+            pen.text((x, y + side + row * line), _fitting(text, font, side), fill=colour, font=font)
+    with whole_file(report.contact_sheet) as partial:
+        sheet.save(partial, "JPEG", quality=90)
+    return report.contact_sheet
+
+
+def _sources(report: DatasetReport) -> list[str]:
+    return list(Counter(image.source for image in report.kept))
+
+
+def _fitting(text: str, font, width: int) -> str:
+    """The text, its beginning cut off where it is wider than `width` pixels: the end of a name tells more."""
+    while len(text) > 1 and font.getlength(text) > width:
+        text = "…" + text[2:]
+    return text
+
+
+def write_report(report: DatasetReport, resolution: int, planned: dict[str, str] | None = None) -> None:
+    """Write report.json. planned are the names that a run which is not finished has given to photographs."""
+    facts = {
+        "resolution": resolution,
+        "images": [asdict(image) for image in report.kept],
+        "refused": report.refused,
+        "findings": [asdict(finding) for finding in report.findings],
+        "left_out": report.left_out,
+        "ignored": report.ignored,
+    }
+    facts |= {"planned": planned} if planned else {}
+    write_text(report.folder / REPORT, json.dumps(facts, indent=1, ensure_ascii=False))
+
+
+def earlier(folder: Path) -> tuple[list[Kept], dict[str, str]]:
+    """What the last run made here, by its report, and the names that photographs have been given."""
+    path = folder / REPORT
+    if not path.exists():
+        return [], {}
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        # Names of pictures only, so that no report can point outside its folder.
+        images = [replace(image, file=_picture(image.file)) for image in (Kept(**image) for image in facts["images"])]
+        planned = {str(source): _picture(name) for source, name in facts.get("planned", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DbkitError(f"{path} is damaged or not made by dbkit; choose a new folder as destination") from error
+    return images, {image.source: image.file for image in images if image.part == "whole"} | planned
+
+
+def _picture(name: str) -> str:
+    if Path(name).suffix != ".png":
+        raise ValueError(name)
+    return Path(name).name

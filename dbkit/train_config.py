@@ -1,0 +1,374 @@
+"""Every setting of training once: name, type, default, help and range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dbkit.settings import Settings, setting, waiting
+
+SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
+DEVICES = Literal["auto", "cuda", "mps", "cpu"]
+LATER = "later version of dbkit"
+
+
+@dataclass(frozen=True)
+class TrainConfig(Settings):
+    """Teach Stable Diffusion a subject (DreamBooth, arXiv:2208.12242) or a style (native training)."""
+
+    pretrained_model_name_or_path: str = setting(
+        ...,
+        "the base model: a diffusers folder (notebook 2 makes one from a checkpoint file), a Hugging Face id, or tiny-sd, which dbkit carries",
+    )
+    instance_data_dir: Path | None = setting(None, "folder with the images to learn")
+    output_dir: Path | None = setting(
+        None,
+        "folder of this run; started again, a run continues from it; empty: runs/dreambooth or runs/native in the workspace",
+    )
+    instance_prompt: str | None = setting(
+        None, "prompt for every instance image: a rare word and the class, for instance: photo of ohwx dog", fixed=True
+    )
+    with_prior_preservation: bool = setting(
+        False,
+        "DreamBooth: also train on images of the class, so that the class stays what it was; off: native training",
+        fixed=True,
+    )
+    class_prompt: str | None = setting(
+        None, "prompt of the class images, without the identifier: photo of a dog", fixed=True
+    )
+    class_data_dir: Path | None = setting(
+        None,
+        "folder of the class images; empty: class_images/KEY in the workspace; missing ones are generated",
+        advanced=True,
+    )
+    num_class_images: int = setting(100, "how many class images there should be; missing ones are generated", min=1)
+    concepts_list: Path | None = setting(
+        None,
+        "JSON list for several subjects in one model, each with instance_prompt, class_prompt, instance_data_dir, class_data_dir and weight; it takes the place of these settings",
+        advanced=True,
+    )
+    prior_loss_weight: float = setting(
+        1.0,
+        "weight of the class images in the loss; lower protects the class less and learns the subject faster",
+        min=0,
+        max=100,
+        fixed=True,
+        advanced=True,
+    )
+    use_txt_as_label: bool = setting(
+        False, "each image's prompt is the .txt file of its name (dog.txt or dog.png.txt)", fixed=True
+    )
+    use_filename_as_label: bool = setting(
+        False, "each image's prompt is its file name without the suffix", fixed=True, advanced=True
+    )
+    combine_prompt_from_txt: bool = setting(
+        False,
+        "each image's prompt is made of the instance prompt and its .txt file by prompt_combine_template",
+        fixed=True,
+        advanced=True,
+    )
+    prompt_combine_template: str = setting(
+        "{PROMPT}, {TXT_PROMPT}",
+        "how combine_prompt_from_txt joins the instance prompt and the text",
+        fixed=True,
+        advanced=True,
+    )
+    shuffle_tags: bool = setting(
+        False, "show the comma-separated tags of a .txt file in changing order", fixed=True, advanced=True
+    )
+    tag_dropout: float = setting(
+        0.0,
+        "probability with which each tag is left out, so that the subject does not hang on any one of them",
+        min=0,
+        max=0.9,
+        fixed=True,
+        advanced=True,
+    )
+    keep_tags: int = setting(
+        1,
+        "the first tags, which are never moved or left out, for instance the identifier",
+        min=0,
+        fixed=True,
+        advanced=True,
+    )
+    caption_variants: int = setting(
+        8,
+        "versions of each caption that shuffle_tags and tag_dropout make; their text states are cached",
+        min=2,
+        max=64,
+        fixed=True,
+        advanced=True,
+    )
+    resolution: int = setting(
+        512,
+        "side of the training images, in pixels; images of another size are resized and cropped, never stretched",
+        min=8,
+        max=4096,
+        fixed=True,
+    )
+    center_crop: bool = setting(
+        True,
+        "crop around the centre; the usual default, off, cuts heads; off: a random place for each image, fixed by the seed",
+        fixed=True,
+        advanced=True,
+    )
+    use_aspect_ratio_bucket: bool = setting(
+        False,
+        "train each image near its own shape instead of as a square; class images are made in the same shapes",
+        fixed=True,
+    )
+    bucket_max_area: int | None = setting(
+        None,
+        "most pixels of a bucket; empty: 1.5 times resolution squared (768 x 512 at 512), which needs half as much memory again as the square",
+        min=64,
+        fixed=True,
+        advanced=True,
+    )
+    bucket_step: int | None = setting(
+        None,
+        "pixels between the sides of two buckets; empty: resolution / 8 (64 at 512)",
+        min=1,
+        fixed=True,
+        advanced=True,
+    )
+    bucket_min_side: int | None = setting(
+        None,
+        "shortest side of a bucket, in pixels; empty: resolution / 2 (256 at 512)",
+        min=8,
+        fixed=True,
+        advanced=True,
+    )
+    bucket_max_side: int | None = setting(
+        None,
+        "longest side of a bucket, in pixels; empty: 2 times resolution (1024 at 512)",
+        min=8,
+        fixed=True,
+        advanced=True,
+    )
+    hflip: bool = setting(
+        False,
+        "also learn each image mirrored, for subjects that are the same both ways; not where the caption says left or right",
+        fixed=True,
+        advanced=True,
+    )
+    augment_rotation: float = setting(
+        0.0, "largest rotation of an image's variants, in degrees", min=0, max=45, fixed=True, advanced=True
+    )
+    augment_brightness: float = setting(
+        0.0,
+        "largest change of brightness of an image's variants; 0.1 is 10 %",
+        min=0,
+        max=0.9,
+        fixed=True,
+        advanced=True,
+    )
+    augment_contrast: float = setting(
+        0.0, "largest change of contrast of an image's variants; 0.1 is 10 %", min=0, max=0.9, fixed=True, advanced=True
+    )
+    augment_crop: float = setting(
+        0.0,
+        "most of an image's side that a variant's crop cuts off, at a random place; 0.2 is 20 %",
+        min=0,
+        max=0.7,
+        fixed=True,
+        advanced=True,
+    )
+    augment_variants: int = setting(
+        4,
+        "versions of each image, the plain one among them, that the augment settings make; they are cached, so they cost no time in a step",
+        min=2,
+        max=64,
+        fixed=True,
+        advanced=True,
+    )
+    train_text_encoder: bool = setting(
+        False, "also train the text encoder: better likeness, more memory, easier to overdo", fixed=True
+    )
+    num_train_epochs: int = setting(
+        100,
+        "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
+        min=1,
+        advanced=True,
+    )
+    max_train_steps: int | None = setting(
+        None,
+        "optimizer steps over the run's whole life; empty: num_train_epochs decides; raise it to train a finished run further",
+        min=1,
+    )
+    train_batch_size: int = setting(
+        1,
+        "instance images in each forward pass; with prior preservation as many class images join them; 1, not 4, so that a 16 GB GPU holds it",
+        min=1,
+        max=1024,
+        fixed=True,
+    )
+    gradient_accumulation_steps: int = setting(
+        1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True, advanced=True
+    )
+    learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1)
+    lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps", advanced=True)
+    lr_warmup_steps: int = setting(
+        0,
+        "steps in which the learning rate rises from 0; the usual 500 would be most of an 800-step run; `constant` has none",
+        min=0,
+        advanced=True,
+    )
+    scale_lr: bool = setting(
+        False, "multiply the learning rate by train_batch_size and gradient_accumulation_steps", advanced=True
+    )
+    seed: int = setting(
+        0,
+        "decides order, noise, timesteps and crops: one seed, one result; never empty, because a run that resumes needs it",
+        min=0,
+        max=2**63 - 1,
+        fixed=True,
+        advanced=True,
+    )
+    mixed_precision: PRECISIONS = setting(
+        "auto",
+        "arithmetic of the forward pass; auto takes bf16 or fp16 where the GPU is good at it; trained weights stay fp32",
+        advanced=True,
+    )
+    gradient_checkpointing: bool = setting(
+        False, "recompute activations in the backward pass: less memory, about a quarter slower"
+    )
+    use_8bit_adam: bool = setting(
+        False, "keep the optimizer's moments in 8 bit (bitsandbytes): 6 bytes a parameter less", fixed=True
+    )
+    adam_beta1: float = setting(0.9, "decay of AdamW's first moment", min=0, max=0.9999, advanced=True, fixed=True)
+    adam_beta2: float = setting(0.999, "decay of AdamW's second moment", min=0, max=0.999999, advanced=True, fixed=True)
+    adam_weight_decay: float = setting(0.01, "AdamW's weight decay", min=0, max=1, advanced=True, fixed=True)
+    adam_epsilon: float = setting(
+        1e-8, "AdamW's epsilon, which keeps a division finite", above=0, max=1, advanced=True, fixed=True
+    )
+    max_grad_norm: float = setting(
+        1.0, "gradients are scaled down to this global norm", above=0, advanced=True, fixed=True
+    )
+    save_model_every_n_steps: int | None = setting(
+        200,
+        "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: only at the end and when interrupted",
+        min=1,
+    )
+    checkpoints_total_limit: int = setting(
+        3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
+    )
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting(
+        "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True
+    )
+    start_over: bool = setting(False, "move what is in output_dir aside and begin at step 0", advanced=True)
+    auto_test_model: bool = setting(True, "make preview pictures before step 1 and after each checkpoint")
+    test_prompt: str | None = setting(None, "prompt of the previews; empty: the instance prompt, or the first caption")
+    test_prompts_file: Path | None = setting(
+        None, "text file with one preview prompt on each line; wins over test_prompt", advanced=True
+    )
+    test_negative_prompt: str = setting("", "what the previews should not show", advanced=True)
+    test_seed: int = setting(
+        42,
+        "seed of the first preview picture of each prompt; previews never touch the training's random numbers",
+        min=0,
+        max=2**63 - 1,
+        advanced=True,
+    )
+    test_num_per_prompt: int = setting(1, "preview pictures for each prompt", min=1, max=64, advanced=True)
+    guidance_scale: float = setting(
+        7.5,
+        "classifier-free guidance (arXiv:2207.12598) of the class images and previews; 1 is off",
+        min=1,
+        max=50,
+        advanced=True,
+    )
+    sample_batch_size: int = setting(4, "class images and previews generated at once", min=1, max=256, advanced=True)
+    log_interval: int = setting(
+        10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
+    )
+    revision: str | None = setting(None, "branch, tag or commit of a Hugging Face model", advanced=True, fixed=True)
+    tokenizer_name: str | None = setting(
+        None, "tokenizer folder or Hugging Face id, if not the base model's", advanced=True, fixed=True
+    )
+    device: DEVICES = setting("auto", "where to compute: auto takes a GPU if there is one", advanced=True)
+    log_with: Literal["none", "tensorboard", "wandb"] = setting(
+        "none", "a tracker beside log.jsonl, which is always written", advanced=True, waits=LATER
+    )
+    logging_dir: Path | None = setting(None, "folder of the tracker's files", advanced=True, waits=LATER)
+    push_to_hub: bool = setting(False, "upload the finished model to the Hugging Face Hub", advanced=True, waits=LATER)
+    hub_token: str | None = setting(None, "token for the upload", advanced=True, waits=LATER, secret=True)
+    hub_model_id: str | None = setting(None, "repository of the upload", advanced=True, waits=LATER)
+    local_rank: int = setting(-1, "rank of this process among several GPUs", advanced=True, waits=LATER)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the training images where they are square."""
+        return self.resolution, self.resolution
+
+    def contradictions(self) -> list[str]:
+        """Sentences about settings that do not go together."""
+        mistakes = [*waiting(self), *self._data_mistakes(), *self._label_mistakes(), *self._prior_mistakes()]
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
+        model = Path(self.pretrained_model_name_or_path)
+        used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
+        used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
+        for name, folder in used.items():
+            if self.output_dir and folder and folder.resolve().is_relative_to(self.output_dir.resolve()):
+                mistakes.append(f"output_dir {self.output_dir} holds {name} {folder}; choose another output_dir")
+        return mistakes
+
+    def _data_mistakes(self) -> list[str]:
+        if not self.concepts_list:
+            return (
+                [] if self.instance_data_dir else ["instance_data_dir is missing: the folder with the images to learn"]
+            )
+        given = [name for name in _OF_A_CONCEPT if getattr(self, name)]
+        if not given:
+            return []
+        return [f"concepts_list says {' and '.join(given)} for each concept; leave {' and '.join(given)} empty"]
+
+    def _label_mistakes(self) -> list[str]:
+        labels = ("combine_prompt_from_txt", "use_txt_as_label", "use_filename_as_label")
+        chosen = [name for name in labels if getattr(self, name)]
+        # Each concept of a list has its own instance prompt, and says so itself where it is missing.
+        prompt = bool(self.instance_prompt or self.concepts_list)
+        if self.instance_prompt and "combine_prompt_from_txt" not in chosen:
+            chosen.insert(0, "instance_prompt")
+        if len(chosen) > 1:
+            return [f"{' and '.join(chosen)} exclude each other, since each image has one prompt; keep one of them"]
+        if not prompt and not chosen:
+            return ["no prompt is given: set instance_prompt, or use_txt_as_label with a .txt file beside each image"]
+        if self.combine_prompt_from_txt and not prompt:
+            return ["combine_prompt_from_txt needs instance_prompt, which it joins with each image's text"]
+        tags = [name for name in ("shuffle_tags", "tag_dropout") if getattr(self, name)]
+        if tags and not (self.use_txt_as_label or self.combine_prompt_from_txt):
+            return [f"{' and '.join(tags)} need tags from .txt files; set use_txt_as_label or combine_prompt_from_txt"]
+        if self.combine_prompt_from_txt and "{TXT_PROMPT}" not in self.prompt_combine_template:
+            return [
+                "prompt_combine_template has no {TXT_PROMPT}, so no text would be used; write for instance {PROMPT}, {TXT_PROMPT}"
+            ]
+        return []
+
+    def _prior_mistakes(self) -> list[str]:
+        if not self.with_prior_preservation:
+            given = [name for name in ("class_prompt", "class_data_dir") if getattr(self, name)]
+            return [
+                f"{name} has no effect without with_prior_preservation; turn that on or leave {name} empty"
+                for name in given
+            ]
+        if self.concepts_list:
+            return []
+        if not self.class_prompt:
+            return ["with_prior_preservation needs class_prompt, for instance: photo of a dog"]
+        if (
+            self.class_data_dir
+            and self.instance_data_dir
+            and self.class_data_dir.resolve() == self.instance_data_dir.resolve()
+        ):
+            return ["class_data_dir and instance_data_dir are the same folder; choose another class_data_dir"]
+        if self.class_prompt == self.instance_prompt:
+            return [
+                "class_prompt and instance_prompt are the same; put an identifier, a rare word, in instance_prompt only"
+            ]
+        return []
+
+
+_OF_A_CONCEPT = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir")
