@@ -27,19 +27,10 @@ _RATING = "9"
 
 def _source(config: CaptionConfig, file: str) -> tuple[str, dict[str, Any]]:
     """A model's folder or Hugging Face id, and how to load it now; file is one that it has for certain."""
-    from huggingface_hub import try_to_load_from_cache
-
     name, revision = (config.model, None) if config.model else PINNED[config.captioner]
     if Path(name).is_dir():
         return name, {}
-    options = {"revision": revision} if revision else {}
-    try:
-        return name, options | hub_options(name, file)
-    except DbkitError:
-        # Where the Hub cannot be reached hub_options() looks for main, and a pinned model is kept by its commit.
-        if not (revision and isinstance(try_to_load_from_cache(name, file, revision=revision), str)):
-            raise
-        return name, options | {"local_files_only": True}
+    return name, ({"revision": revision} if revision else {}) | hub_options(name, file, revision)
 
 
 class Blip:

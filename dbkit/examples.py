@@ -15,6 +15,7 @@ from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
 from dbkit.files import sha256
 from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, View, crop_place, list_images, read_image
+from dbkit.report import backgrounds
 from dbkit.train_config import TrainConfig
 
 
@@ -62,6 +63,12 @@ def class_examples(config: TrainConfig, concept: Concept, paths: list[Path], num
 
 def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[Path, tuple[str, ...]]:
     """Each image's prompts by the one setting that says where they come from."""
+    alone = sorted(backgrounds(concept.instance_data_dir) & {path.name for path in paths})
+    if alone and not config.use_txt_as_label:
+        raise DbkitError(
+            f"{len(alone)} images in {concept.instance_data_dir} show a background without the subject "
+            f"({_some(alone)}); set use_txt_as_label, so that they are learnt with their own captions, or take them out"
+        )
     if config.use_filename_as_label:
         return {path: (path.stem,) for path in paths}
     if not (config.use_txt_as_label or config.combine_prompt_from_txt):

@@ -1,4 +1,4 @@
-"""Forms for the notebooks, made from the settings classes. The only module that imports ipywidgets.
+"""Forms for the notebooks, made from the settings classes. Only this module and editor import ipywidgets.
 
 Only core widgets, in the interface that ipywidgets 7.7 (Colab) and 8 share. A form edits settings and keeps what was
 chosen in the workspace; cells run. No button starts work.

@@ -30,7 +30,7 @@ def loading(name: str | Path) -> Iterator[None]:
         raise DbkitError(f"the model {name} cannot be loaded ({reason}); {where}") from error
 
 
-def hub_options(name: str, file: str = "model_index.json") -> dict[str, bool]:
+def hub_options(name: str, file: str = "model_index.json", revision: str | None = None) -> dict[str, bool]:
     """How to load a Hugging Face model now: from the cache alone where the Hub cannot be reached.
 
     file is one that the model has for certain. Raises DbkitError at once if it is not there either; the libraries would
@@ -43,7 +43,7 @@ def hub_options(name: str, file: str = "model_index.json") -> dict[str, bool]:
     try:
         socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
     except OSError as error:
-        if isinstance(try_to_load_from_cache(name, file), str):
+        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             return {"local_files_only": True}
         raise DbkitError(
             f"the model {name} is not on this machine and Hugging Face cannot be reached ({error}); check the "

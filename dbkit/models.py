@@ -167,7 +167,7 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
     name_or_path = folder if (folder := local_folder(name_or_path)).is_dir() else name_or_path
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if model_facts(name_or_path) is None:
-        options |= hub_options(str(name_or_path))
+        options |= hub_options(str(name_or_path), revision=revision)
     with loading(name_or_path):
         variant = _variant(Path(name_or_path))
         if tokenizer_name:

@@ -190,6 +190,15 @@ def earlier(folder: Path) -> tuple[list[Kept], dict[str, str]]:
     return images, {image.source: image.file for image in images if image.part == "whole"} | planned
 
 
+def backgrounds(folder: Path) -> set[str]:
+    """The images of a prepared folder that show a background alone, by name; none where dbkit made no report."""
+    try:
+        images = json.loads((folder / REPORT).read_text(encoding="utf-8"))["images"]
+        return {image["file"] for image in images if image.get("part") == "background"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return set()  # a file of this name that someone else put there
+
+
 def _picture(name: str) -> str:
     if Path(name).suffix != ".png":
         raise ValueError(name)

@@ -35,7 +35,7 @@ def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:
     if folder.is_dir():
         with loading(name):
             return clip_tokenizer(folder, subfolder="tokenizer")
-    options |= hub_options(name)
+    options |= hub_options(name, revision=revision)
     with loading(name):
         return clip_tokenizer(name, subfolder="tokenizer", **options)
 

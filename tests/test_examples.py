@@ -1,6 +1,7 @@
 """What training reads: every image checked before a model is loaded, each with its prompt."""
 
 import hashlib
+import json
 import shutil
 
 import numpy as np
@@ -61,6 +62,22 @@ def test_each_images_file_name_is_its_prompt(photos):
     picture(photos / "a red dog, v1.5.jpg")
     prompts = [example.prompt for example in examples_of(training(photos, use_filename_as_label=True))]
     assert prompts == ["a red dog, v1.5", "crimson", "gold", "teal"]
+
+
+def test_a_background_is_never_learnt_as_the_subject(photos):
+    images = [{"file": "gold.png", "part": "background"}, {"file": "teal.png", "part": "whole"}]
+    (photos / "report.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(
+        DbkitError, match=r"^1 images in .* show a background without the subject \(gold.png\); set use"
+    ):
+        examples_of(training(photos))
+    assert len(examples_of(training(photos, use_txt_as_label=True))) == 3
+
+
+def test_a_report_of_another_program_does_not_matter(photos):
+    for text in ("{", "[]", '{"images": [1]}', '{"images": 3}'):
+        (photos / "report.json").write_text(text)
+        assert len(examples_of(training(photos))) == 3
 
 
 def test_missing_captions_are_named_all_at_once(photos):
