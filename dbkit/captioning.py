@@ -32,8 +32,11 @@ class CaptionReport:
     kept: list[str]
     without: list[str]
     refused: dict[str, str]
+    note: str = ""
 
     def __str__(self) -> str:
+        if self.note:
+            return f"{self.note}: {self.folder}"
         counts = f"{len(self.written)} captions written, {len(self.kept)} kept, {len(self.without)} without"
         lines = [f"{counts}, {len(self.refused)} refused: {self.folder}"]
         lines += [f"  {name}: {text}" for name, text in list(self.written.items())[:5]]
@@ -65,7 +68,9 @@ def caption_dataset(config: CaptionConfig) -> CaptionReport:
     """
     paths, refused = _images(config.folder)
     if config.captioner == "none":
-        return CaptionReport(config.folder, {}, [path.name for path in paths], [], refused)
+        return CaptionReport(
+            config.folder, {}, [], [], refused, "no captioner is chosen, so all texts are as they were"
+        )
     record = _Record.read(config)
     jobs, kept = _plan(paths, config, record, refused)
     report = CaptionReport(config.folder, {}, kept, [], refused)

@@ -93,12 +93,15 @@ class DatasetReport:
                 for name, why in names.items()
             ]
         head = "<tr><th>as the model sees it</th><th>from</th><th>caption</th><th>look at</th></tr>"
-        return f"<p>{html.escape(self._head())}</p><ul>{''.join(whole)}</ul><table>{head}{''.join(rows)}</table>"
+        table = f"<table>{head}{''.join(rows)}</table>"
+        # JupyterLab sets tables to the right, as numbers are.
+        table = table.replace("<td", "<td style='text-align:left'").replace("<th", "<th style='text-align:left'")
+        return f"<p>{html.escape(self._head())}</p><ul>{''.join(whole)}</ul>{table}"
 
     def _row(self, image: Kept) -> str:
         said = "<br>".join(html.escape(finding.says) for finding in self.findings if finding.image == image.source)
         return (
-            f'<tr><td><img src="data:image/jpeg;base64,{_encoded(self.folder / image.file)}"></td>'
+            f'<tr><td><img width=96 src="data:image/jpeg;base64,{_encoded(self.folder / image.file)}"></td>'
             f"<td>{html.escape(_title(image))}<br>{_note(image)}</td><td>{html.escape(image.caption or '')}</td>"
             f"<td>{said}</td></tr>"
         )

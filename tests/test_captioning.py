@@ -616,3 +616,10 @@ def test_another_kind_of_model_is_refused(folder, model, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DbkitError, match=r"^the model .*empty (is of an unknown kind; give|cannot be loaded \()"):
         caption_dataset(folder, model=str(tmp_path / "empty"), device="cpu")
+
+
+def test_without_a_captioner_nothing_is_written_and_that_is_said(folder):
+    before = texts(folder)
+    report = caption_dataset(folder, captioner="none", existing="replace")
+    assert texts(folder) == before and not (folder / RECORD).exists()
+    assert str(report) == f"no captioner is chosen, so all texts are as they were: {folder}"
