@@ -23,7 +23,8 @@ from dbkit.train_config import TrainConfig
 class Example:
     """One training image: checked, not held in memory. sha256 is that of the file.
 
-    size is (width, height) in pixels as it is trained, kept the share of the picture that its crop leaves.
+    size is (width, height) in pixels as it is trained, kept the share of the picture that its crop leaves, scale how
+    much larger it is made for that.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Example:
     sha256: str
     concept: int = 0
     kept: float = 1.0
+    scale: float = 1.0
 
     @property
     def prompt(self) -> str:
@@ -115,8 +117,8 @@ def _checked_examples(
             place = crop_place(config.center_crop, config.seed, path.name)
             views = views_of(config, path.name, place, prompts[path][0])
             size = nearest(width, height, sizes)
-            kept = kept_share(width, height, size)
-            examples.append(Example(path, prompts[path], views, size, sha256(path), concept, kept))
+            kept, scale = kept_share(width, height, size), max(size[0] / width, size[1] / height)
+            examples.append(Example(path, prompts[path], views, size, sha256(path), concept, kept, scale))
     if unreadable:
         raise DbkitError(f"{len(unreadable)} of {len(paths)} images are not usable: {_some(unreadable)}")
     return examples
@@ -162,4 +164,7 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     sizes = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
     kept = sum(example.kept for example in examples) / len(examples)
     lines.append(f"trained as {sizes}; the crops keep {kept:.0%} of the pictures")
+    # A tenth more is not seen.
+    if small := [example.path.name for example in examples if example.scale > 1.1]:
+        lines.append(f"{len(small)} images are enlarged to that and look soft: {_some(small)}")
     return lines

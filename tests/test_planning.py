@@ -35,6 +35,12 @@ def test_sizes_and_what_the_crops_keep_are_said(settings, shapes, capsys):
     assert {example.size for example in made.instance} == {TALL, NEARLY_SQUARE}
 
 
+def test_images_that_are_enlarged_are_said(settings, photos, capsys):
+    draw_photo(photos / "tiny.png", (30, 30))
+    plan(settings)
+    assert "1 images are enlarged to that and look soft: tiny.png" in capsys.readouterr().out
+
+
 def test_the_prompts_of_the_first_images_are_shown(settings, photos, capsys):
     plan(settings, instance_prompt=None, use_txt_as_label=True)
     said = capsys.readouterr().out
