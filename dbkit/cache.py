@@ -85,7 +85,7 @@ class Pool:
 
     latents has one entry for each size, places says where those of each image's views lie in it. prompts holds one row
     for each distinct prompt: text states (P, 77, D), or token ids (P, 77) while the text encoder is trained;
-    prompt_rows are the rows of each image's prompts.
+    prompt_rows are the rows of each image's prompts, empty_prompt is that of no prompt at all.
     """
 
     role: Literal["instance", "class"]
@@ -93,22 +93,35 @@ class Pool:
     places: list[list[tuple[int, int]]]
     prompts: torch.Tensor
     prompt_rows: list[list[int]]
+    empty_prompt: int = 0
 
 
 @dataclass(frozen=True)
 class Batch:
     """One forward pass: the first `instances` of its B samples are instance images, the rest class images.
 
+    noise is what the model is to find in the input, input_noise what is put there: the same, or with a perturbation.
     pairs is the number of instance images, and of class images if there are any, in all batches of the same samples:
     what the losses of each are divided by.
     """
 
     latents: torch.Tensor
     noise: torch.Tensor
+    input_noise: torch.Tensor
     timesteps: torch.Tensor
     prompts: torch.Tensor
     instances: int
     pairs: int
+
+
+@dataclass(frozen=True)
+class Noising:
+    """How samples are noised: the settings noise_offset, input_perturbation and caption_dropout, and T timesteps."""
+
+    timesteps: int
+    offset: float = 0.0
+    perturbation: float = 0.0
+    caption_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class _Draw:
     normal: np.ndarray
 
 
-def draw_batches(pools: list[Pool], order: Order, step: int, samples: range, timesteps: int) -> list[Batch]:
+def draw_batches(pools: list[Pool], order: Order, step: int, samples: range, noising: Noising) -> list[Batch]:
     """The batches of the given sample numbers of a step (counted from 1), one for each size among their images.
 
     A pure function of its arguments: sample j of step k draws its view, prompt, noise, timestep and latents from
@@ -131,13 +144,13 @@ def draw_batches(pools: list[Pool], order: Order, step: int, samples: range, tim
     by_shape: dict[tuple[int, ...], list[list[_Draw]]] = {}
     for number, pool in enumerate(pools):
         for sample in samples:
-            drawn = _draw(pool, order, step, sample, timesteps)
+            drawn = _draw(pool, order, step, sample, noising)
             parts = by_shape.setdefault(drawn.latents.mean.shape[1:], [[] for _ in pools])
             parts[number].append(drawn)
-    return [_batch(pools, parts, len(samples)) for parts in by_shape.values()]
+    return [_batch(pools, parts, len(samples), noising) for parts in by_shape.values()]
 
 
-def _draw(pool: Pool, order: Order, step: int, sample: int, timesteps: int) -> _Draw:
+def _draw(pool: Pool, order: Order, step: int, sample: int, noising: Noising) -> _Draw:
     import numpy as np
 
     number = (step - 1) * order.per_step + sample
@@ -148,13 +161,19 @@ def _draw(pool: Pool, order: Order, step: int, sample: int, timesteps: int) -> _
         view, prompt = draws.generator(order.seed, "variant", step, sample).integers([len(places), len(prompts)])
     which, row = places[view]
     random = draws.generator(order.seed, pool.role, step, sample)
-    timestep = int(random.integers(timesteps))
-    # Two for each sample: the noise that is added, and the noise that draws the latents from their posterior.
-    normal = random.standard_normal((2, *pool.latents[which].mean.shape[1:]), dtype=np.float32)
-    return _Draw(pool.latents[which], row, prompts[prompt], timestep, normal)
+    timestep = int(random.integers(noising.timesteps))
+    # The noise that is added, the one that draws the latents from their posterior, and maybe that of the perturbation.
+    shape = pool.latents[which].mean.shape[1:]
+    normal = random.standard_normal((3 if noising.perturbation else 2, *shape), dtype=np.float32)
+    if noising.offset:
+        normal[0] += noising.offset * random.standard_normal((shape[0], 1, 1), dtype=np.float32)
+    row_of_prompt = prompts[prompt]
+    if noising.caption_dropout and random.random() < noising.caption_dropout:
+        row_of_prompt = pool.empty_prompt
+    return _Draw(pool.latents[which], row, row_of_prompt, timestep, normal)
 
 
-def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int) -> Batch:
+def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int, noising: Noising) -> Batch:
     import numpy as np
     import torch
 
@@ -164,7 +183,8 @@ def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int) -> Batch:
     numbers = torch.tensor([[draw.row for draw in drawn], [draw.prompt for draw in drawn], [d.timestep for d in drawn]])
     if device.type == "cuda":
         normal, numbers = normal.pin_memory(), numbers.pin_memory()  # only then is the copy not waited for
-    noise, latent_noise = normal.to(device, non_blocking=True)
+    noise, latent_noise, *more = normal.to(device, non_blocking=True)
+    input_noise = noise + noising.perturbation * more[0] if more else noise
     rows, prompt_rows, steps = numbers.to(device, non_blocking=True)
     latents, prompts, start = [], [], 0
     for pool, part in zip(pools, parts):
@@ -173,4 +193,4 @@ def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int) -> Batch:
             latents.append(part[0].latents.draw(rows[own], latent_noise[own]))
             prompts.append(pool.prompts[prompt_rows[own]])
             start += len(part)
-    return Batch(torch.cat(latents), noise, steps, torch.cat(prompts), len(parts[0]), pairs)
+    return Batch(torch.cat(latents), noise, input_noise, steps, torch.cat(prompts), len(parts[0]), pairs)

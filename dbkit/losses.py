@@ -47,9 +47,35 @@ def _alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple
     return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
 
 
-def per_sample_mse(model_pred: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, shape (B,), computed in fp32 whatever the inputs are."""
-    return (model_pred.float() - target.float()).square().flatten(1).mean(1)
+def per_sample_loss(
+    model_pred: torch.Tensor, target: torch.Tensor, loss_type: str = "mse", huber_delta: float = 0.1
+) -> torch.Tensor:
+    """Mean error of each sample, shape (B,), computed in fp32 whatever the inputs are.
+
+    loss_type is mse, l1, or huber: half the square up to huber_delta, linear beyond it (torch's huber_loss).
+    """
+    from torch.nn import functional
+
+    pred, target = model_pred.float(), target.float()
+    if loss_type == "huber":
+        errors = functional.huber_loss(pred, target, reduction="none", delta=huber_delta)
+    else:
+        errors = (pred - target).abs() if loss_type == "l1" else (pred - target).square()
+    return errors.flatten(1).mean(1)
+
+
+def snr_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """The weight of each sample, shape (B,), by min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, section 3.4).
+
+    With SNR = alpha_bar / (1 - alpha_bar) it is min(SNR, gamma) / SNR where the model predicts noise, and
+    min(SNR, gamma) / (SNR + 1) where it predicts v: both are min(SNR, gamma) for the error of x_0.
+    """
+    alpha_bar = alphas_cumprod[timesteps]
+    # Multiplied by 1 - alpha_bar, so that nothing is divided by an SNR of zero or taken from an endless one.
+    capped = alpha_bar.minimum(gamma * (1 - alpha_bar))
+    return capped / alpha_bar if prediction_type == "epsilon" else capped
 
 
 def prior_preservation_loss(

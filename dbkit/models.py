@@ -133,6 +133,26 @@ def check_resolution(resolution: int, facts: Facts | None) -> None:
         )
 
 
+def check_zero_terminal_snr(wanted: bool, facts: Facts | None) -> None:
+    """Raise DbkitError where rescale_zero_terminal_snr is asked of a model that predicts noise."""
+    if wanted and facts and facts.prediction_type != "v_prediction":
+        raise DbkitError(
+            "rescale_zero_terminal_snr needs a model that predicts v: where the input is noise alone, there is nothing "
+            "to learn from predicting it; turn it off for this model"
+        )
+
+
+def with_zero_terminal_snr(models: Models) -> None:
+    """Rescale the noise schedule so that the last timestep has no signal left (Lin et al. 2023, arXiv:2305.08891).
+
+    Saved with the model, whose samplers then have to begin at that timestep.
+    """
+    from diffusers import DDPMScheduler
+
+    models.scheduler_config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    models.noise_scheduler = DDPMScheduler.from_config(models.scheduler_config)
+
+
 def read_config(folder: Path, part: str) -> dict[str, Any]:
     """The configuration of one part of a model folder."""
     path = folder / part / _CONFIGS[part]

@@ -17,7 +17,7 @@ from dbkit.errors import DbkitError
 from dbkit.examples import Example, class_examples, describe, instance_examples, require_apart
 from dbkit.files import move_aside
 from dbkit.images import list_images
-from dbkit.models import Facts, check_resolution, model_facts
+from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts
 from dbkit.optimizers import probe_8bit_adam
 from dbkit.order import Order
 from dbkit.preview import read_prompts
@@ -47,6 +47,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     """Check model folder, images and captions, say what was found, and generate class images where they are missing."""
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
+    check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)
     if config.use_aspect_ratio_bucket:
         _check_buckets(config, facts)
     if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():

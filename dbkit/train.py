@@ -6,7 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit.cache import Pool, draw_batches, encode_images, encode_prompts, tokenize
+from dbkit.cache import Noising, Pool, draw_batches, encode_images, encode_prompts, tokenize
 from dbkit.checkpoint import commit, find_fault, load_state, rotate, save_state, step_folder
 from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
@@ -14,8 +14,15 @@ from dbkit.files import one_process, require_space, stop_requests
 from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
-from dbkit.losses import add_noise, noise_target, per_sample_mse, prior_preservation_loss
-from dbkit.models import Models, check_resolution, load_models, save_models
+from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
+from dbkit.models import (
+    Models,
+    check_resolution,
+    check_zero_terminal_snr,
+    load_models,
+    save_models,
+    with_zero_terminal_snr,
+)
 from dbkit.optimizers import (
     learning_rates,
     make_optimizer,
@@ -63,6 +70,9 @@ def _train(config: TrainConfig, run: Path) -> Path:
     # 2. Model: what is trained is fp32, for the optimizer needs it; the rest is frozen.
     models = load_models(config.pretrained_model_name_or_path, config.revision, config.tokenizer_name)
     check_resolution(config.resolution, models.facts)
+    check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
+    if config.rescale_zero_terminal_snr:
+        with_zero_terminal_snr(models)
     trained = _trained_parts(config, models, device)
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
     _require_run_space(run, config, models, parameters)
@@ -131,19 +141,21 @@ def train_step(
 
     unet, text_encoder, noise_scheduler = models.unet, models.text_encoder, models.noise_scheduler
     size, passes = config.train_batch_size, config.gradient_accumulation_steps
-    prediction_type, timesteps = noise_scheduler.config.prediction_type, noise_scheduler.config.num_train_timesteps
+    prediction_type, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
+    noising = Noising(len(alphas_cumprod), config.noise_offset, config.input_perturbation, config.caption_dropout)
     losses = torch.zeros(3, device=unet.device)
     for number in range(passes):
         samples = range(number * size, (number + 1) * size)
         # One batch, or with buckets one for each size among these samples: their losses add up to the mean.
-        for batch in draw_batches(pools, order, step, samples, timesteps):
-            alphas_cumprod = noise_scheduler.alphas_cumprod
-            noisy_latents = add_noise(batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+        for batch in draw_batches(pools, order, step, samples, noising):
+            noisy_latents = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
             target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
             with autocast(unet.device, dtype):
                 text = encode_prompts(text_encoder, batch.prompts) if config.train_text_encoder else batch.prompts
                 model_pred = unet(noisy_latents, batch.timesteps, text).sample
-            errors = per_sample_mse(model_pred, target)
+            errors = per_sample_loss(model_pred, target, config.loss_type, config.huber_delta)
+            if config.min_snr_gamma:
+                errors *= snr_weights(batch.timesteps, alphas_cumprod, config.min_snr_gamma, prediction_type)
             parts = prior_preservation_loss(errors, batch.instances, batch.pairs, config.prior_loss_weight)
             scaler.scale(parts[0] / passes).backward()
             losses += torch.stack(parts).detach() / passes
@@ -192,6 +204,7 @@ def _make_pools(config: TrainConfig, models: Models, plan: RunPlan, device: torc
     models.vae.to(device)
     models.text_encoder.to(device)
     distinct = list(dict.fromkeys(prompt for e in [*plan.instance, *plan.class_set] for prompt in e.prompts))
+    distinct += [""] if config.caption_dropout and "" not in distinct else []
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     _say_tokens(models, plan.concepts, distinct)
     prompts = tokenize(models.tokenizer, distinct).to(device)
@@ -204,7 +217,7 @@ def _make_pools(config: TrainConfig, models: Models, plan: RunPlan, device: torc
         if examples:
             latents, places = encode_images(models.vae, examples, device)
             prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]
-            pools.append(Pool(role, latents, places, prompts, prompt_rows))
+            pools.append(Pool(role, latents, places, prompts, prompt_rows, row_of.get("", 0)))
     models.vae.to("cpu")
     return pools
 

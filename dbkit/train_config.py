@@ -147,6 +147,14 @@ class TrainConfig(Settings):
         fixed=True,
         advanced=True,
     )
+    caption_dropout: float = setting(
+        0.0,
+        "probability with which a sample is trained without its prompt, which guidance needs (arXiv:2207.12598); 0.1 is usual in long native trainings",
+        min=0,
+        max=0.9,
+        fixed=True,
+        advanced=True,
+    )
     hflip: bool = setting(
         False,
         "also learn each image mirrored, for subjects that are the same both ways; not where the caption says left or right",
@@ -206,6 +214,42 @@ class TrainConfig(Settings):
     )
     gradient_accumulation_steps: int = setting(
         1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True, advanced=True
+    )
+    min_snr_gamma: float | None = setting(
+        None,
+        "weigh each timestep by min(SNR, gamma) (arXiv:2303.09556), 5 is usual; empty: all timesteps count alike",
+        above=0,
+        max=100,
+        fixed=True,
+        advanced=True,
+    )
+    noise_offset: float = setting(
+        0.0,
+        "noise that is the same over each channel of a picture, so that very dark and bright pictures are learnt; 0.05 to 0.1 are usual",
+        min=0,
+        max=1,
+        fixed=True,
+        advanced=True,
+    )
+    input_perturbation: float = setting(
+        0.0,
+        "extra noise on the input that is not to be predicted, against errors that add up (arXiv:2301.11706); 0.1 is usual",
+        min=0,
+        max=1,
+        fixed=True,
+        advanced=True,
+    )
+    rescale_zero_terminal_snr: bool = setting(
+        False,
+        "rescale the noise schedule so that its last step is noise alone (arXiv:2305.08891); for models that predict v",
+        fixed=True,
+        advanced=True,
+    )
+    loss_type: Literal["mse", "huber", "l1"] = setting(
+        "mse", "squared error, or one that outliers move less", fixed=True, advanced=True
+    )
+    huber_delta: float = setting(
+        0.1, "error from which the Huber loss is linear", above=0, max=10, fixed=True, advanced=True
     )
     learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1)
     lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps", advanced=True)

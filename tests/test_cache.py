@@ -1,12 +1,14 @@
 """What training reads instead of images and prompts equals the VAE, the text encoder and the draws it stands for."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from dbkit import draws
-from dbkit.cache import Latents, Pool, draw_batches, encode_images, encode_prompts, tokenize
+from dbkit.cache import Latents, Noising, Pool, draw_batches, encode_images, encode_prompts, tokenize
 from dbkit.concepts import concepts_of
 from dbkit.examples import instance_examples
 from dbkit.images import read_image, render
@@ -108,8 +110,8 @@ def test_text_states_are_those_the_pipeline_uses(models):
     assert torch.equal(states, expected)
 
 
-def draw(pools, order, step, samples):
-    (batch,) = draw_batches(pools, order, step, samples, 1000)
+def draw(pools, order, step, samples, **noising):
+    (batch,) = draw_batches(pools, order, step, samples, Noising(1000, **noising))
     return batch
 
 
@@ -145,7 +147,7 @@ def test_images_of_several_sizes_make_one_batch_for_each_size():
     sizes = (SQUARE, WIDE)
     pools = [make_pool("instance", 5, 5, sizes), make_pool("class", 4, 4, sizes)]
     order = make_order(per_step=5, classes=4, sizes=sizes)
-    batches = draw_batches(pools, order, 1, range(5), 1000)
+    batches = draw_batches(pools, order, 1, range(5), Noising(1000))
     shapes = [tuple(batch.latents.shape[2:]) for batch in batches]
     assert sorted(shapes) == [(8, 8), (8, 12)]
     assert sum(batch.instances for batch in batches) == 5
@@ -178,6 +180,34 @@ def test_views_and_prompts_change_from_step_to_step_and_are_those_of_the_sample(
     assert len(seen) == 12
 
 
+def test_offset_noise_is_the_same_over_a_channel_and_is_to_be_found(models):
+    pools, order = [make_pool(count=1)], make_order(instances=1)
+    plain, offset = draw(pools, order, 1, range(1)), draw(pools, order, 1, range(1), offset=0.1)
+    difference = offset.noise - plain.noise
+    assert torch.allclose(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6)
+    assert 0 < difference.abs().max() < 0.5
+    assert len(difference[0, :, 0, 0].unique()) == 4
+    assert torch.equal(offset.input_noise, offset.noise) and torch.equal(offset.latents, plain.latents)
+
+
+def test_a_perturbation_is_in_the_input_and_not_to_be_found():
+    pools, order = [make_pool(count=1)], make_order(instances=1)
+    plain, perturbed = (draw(pools, order, 1, range(1), perturbation=size) for size in (0.0, 0.1))
+    assert torch.equal(perturbed.noise, plain.noise) and torch.equal(perturbed.latents, plain.latents)
+    assert (perturbed.input_noise - perturbed.noise).std() == pytest.approx(0.1, rel=0.2)
+    assert plain.input_noise is plain.noise
+
+
+def test_prompts_are_left_out_with_their_probability():
+    pool = make_pool(count=1, prompts=2)
+    pool = dataclasses.replace(pool, empty_prompt=1)
+    order = make_order(instances=1, per_step=400)
+    batch = draw([pool], order, 1, range(400), caption_dropout=0.3)
+    empty = (batch.prompts == pool.prompts[1]).flatten(1).all(1)
+    assert empty.float().mean() == pytest.approx(0.3, abs=0.07)
+    assert torch.equal(batch.noise, draw([pool], order, 1, range(400)).noise)
+
+
 def test_other_steps_samples_seeds_and_roles_draw_other_noise():
     batches = [
         draw([make_pool(role)], make_order(seed, per_step=2, classes=5), step, range(sample, sample + 1))
@@ -191,5 +221,5 @@ def test_other_steps_samples_seeds_and_roles_draw_other_noise():
 
 def test_drawing_a_batch_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
-    draw_batches([make_pool()], make_order(per_step=2), 1, range(2), 1000)
+    draw_batches([make_pool()], make_order(per_step=2), 1, range(2), Noising(1000))
     assert torch.equal(torch.get_rng_state(), before)

@@ -6,7 +6,7 @@ from diffusers import DDPMScheduler
 
 from dbkit import DbkitError
 from dbkit.families import sd1_scheduler
-from dbkit.losses import add_noise, noise_target, per_sample_mse, prior_preservation_loss
+from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 
 TIMESTEPS = torch.tensor([0, 1, 437, 998, 999])
 
@@ -67,7 +67,7 @@ def test_other_prediction_types_are_refused():
 
 def test_error_of_each_sample_is_its_own_mean_square():
     model_pred, target = draw("model_pred", "target")
-    found = per_sample_mse(model_pred, target)
+    found = per_sample_loss(model_pred, target)
     for number in range(len(TIMESTEPS)):
         values = (model_pred[number] - target[number]).flatten().tolist()
         assert found[number].item() == pytest.approx(sum(value * value for value in values) / len(values), rel=1e-5)
@@ -75,9 +75,54 @@ def test_error_of_each_sample_is_its_own_mean_square():
 
 def test_error_of_bf16_predictions_is_computed_in_fp32():
     model_pred, target = draw("model_pred", "target")
-    found = per_sample_mse(model_pred.bfloat16(), target)
+    found = per_sample_loss(model_pred.bfloat16(), target)
     assert found.dtype == torch.float32
-    assert torch.equal(found, per_sample_mse(model_pred.bfloat16().float(), target))
+    assert torch.equal(found, per_sample_loss(model_pred.bfloat16().float(), target))
+
+
+@pytest.mark.parametrize("delta", [0.1, 1.0])
+def test_huber_and_l1_are_what_their_names_say(delta):
+    model_pred, target = draw("model_pred", "target")
+    huber, l1 = per_sample_loss(model_pred, target, "huber", delta), per_sample_loss(model_pred, target, "l1")
+    for number in range(len(TIMESTEPS)):
+        errors = (model_pred[number] - target[number]).flatten().abs().tolist()
+        expected = [e * e / 2 if e <= delta else delta * (e - delta / 2) for e in errors]
+        assert huber[number].item() == pytest.approx(sum(expected) / len(errors), rel=1e-5)
+        assert l1[number].item() == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_min_snr_weights_are_those_of_the_paper(prediction_type, gamma):
+    alphas_cumprod = noise_scheduler().alphas_cumprod
+    timesteps = torch.tensor([0, 10, 250, 500, 900, 999])
+    found = snr_weights(timesteps, alphas_cumprod, gamma, prediction_type)
+    for number, timestep in enumerate(timesteps.tolist()):
+        alpha_bar = alphas_cumprod[timestep].item()
+        snr = alpha_bar / (1 - alpha_bar)
+        expected = min(snr, gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+        assert found[number].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_min_snr_weighs_the_error_of_the_picture_alike_for_both_predictions():
+    # An error of v or of noise stands for one of x_0; weighted, the two are the same.
+    alphas_cumprod = noise_scheduler().alphas_cumprod
+    latents, noise, off = draw("latents", "noise", "off")
+    alpha_bar = alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
+    guess = latents + 0.1 * off
+    noisy = add_noise(latents, noise, TIMESTEPS, alphas_cumprod)
+    guessed_noise = (noisy - alpha_bar.sqrt() * guess) / (1 - alpha_bar).sqrt()
+    weighted = []
+    for kind in ("epsilon", "v_prediction"):
+        target = noise_target(kind, latents, noise, TIMESTEPS, alphas_cumprod)
+        predicted = noise_target(kind, guess, guessed_noise, TIMESTEPS, alphas_cumprod)
+        weighted.append(per_sample_loss(predicted, target) * snr_weights(TIMESTEPS, alphas_cumprod, 5.0, kind))
+    torch.testing.assert_close(weighted[0], weighted[1], rtol=1e-3, atol=1e-7)
+
+
+def test_where_nothing_of_the_picture_is_left_the_weight_is_zero_and_finite():
+    weights = snr_weights(torch.tensor([0, 1]), torch.tensor([1.0, 0.0]), 5.0, "v_prediction")
+    assert weights.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("prior_loss_weight", [0.0, 0.3, 1.0])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import draw_photo
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import compute_snr
 from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -23,6 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from dbkit import DbkitError, TrainConfig, draws, train
 from dbkit.checkpoint import find_fault
 from dbkit.models import WEIGHTS, load_models, read_weights
+from dbkit.settings import replace
 
 
 @pytest.fixture
@@ -123,7 +125,9 @@ def reference_losses(config: TrainConfig, prompts: dict[str, str], step: int = 1
     text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
     vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler")
+    rescaled = {"rescale_betas_zero_snr": config.rescale_zero_terminal_snr}
+    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **rescaled)
+    is_v = scheduler.config.prediction_type == "v_prediction"
 
     @torch.no_grad()
     def sample_loss(role: str, images: Path, sample: int) -> float:
@@ -132,18 +136,28 @@ def reference_losses(config: TrainConfig, prompts: dict[str, str], step: int = 1
         path = paths[draws.index(config.seed, f"{role} order", len(paths), order)]
         random = draws.generator(config.seed, role, step, sample)
         timestep = torch.tensor([int(random.integers(1000))])
-        noise, latent_noise = torch.from_numpy(random.standard_normal((2, 1, 4, 8, 8), dtype=np.float32))
+        count = 3 if config.input_perturbation else 2
+        noise, latent_noise, *more = torch.from_numpy(random.standard_normal((count, 1, 4, 8, 8), dtype=np.float32))
+        if config.noise_offset:
+            noise = noise + config.noise_offset * torch.from_numpy(random.standard_normal((4, 1, 1), dtype=np.float32))
+        input_noise = noise + config.input_perturbation * more[0] if more else noise
         image = ImageOps.fit(Image.open(path), (64, 64), Image.Resampling.LANCZOS)
         posterior = vae.encode(torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
         latents = (posterior.mean + posterior.std * latent_noise) * vae.config.scaling_factor
-        if scheduler.config.prediction_type == "v_prediction":
-            target = scheduler.get_velocity(latents, noise, timestep)
-        else:
-            target = noise
+        target = scheduler.get_velocity(latents, noise, timestep) if is_v else noise
         ids = tokenizer(prompts[path.name], padding="max_length", max_length=77, return_tensors="pt").input_ids
         states = text_encoder(ids).last_hidden_state
-        model_pred = unet(scheduler.add_noise(latents, noise, timestep), timestep, states).sample
-        return float(((model_pred - target) ** 2).mean())
+        model_pred = unet(scheduler.add_noise(latents, input_noise, timestep), timestep, states).sample
+        error = (model_pred - target).abs().double()
+        if config.loss_type == "huber":
+            error = torch.where(error <= config.huber_delta, error**2 / 2, config.huber_delta * error - 0.005)
+        elif config.loss_type == "mse":
+            error = error**2
+        weight = 1.0
+        if config.min_snr_gamma:
+            snr = float(compute_snr(scheduler, timestep))
+            weight = min(snr, config.min_snr_gamma) / (snr + 1 if is_v else snr)
+        return float(error.mean()) * weight
 
     def mean_loss(role: str, images: Path) -> float:
         return sum(sample_loss(role, images, n) for n in range(config.train_batch_size)) / config.train_batch_size
@@ -172,6 +186,57 @@ def test_the_loss_equals_a_slow_reference(request, settings, prior, kind, with_p
     expected = reference_losses(config, prompts)
     assert first_losses(config) == pytest.approx(expected, rel=1e-4)
     assert (expected[2] > 0) == with_prior
+
+
+OBJECTIVES = {
+    "min-SNR": {"min_snr_gamma": 0.1},
+    "offset noise": {"noise_offset": 0.1},
+    "perturbation": {"input_perturbation": 0.2},
+    "huber": {"loss_type": "huber"},
+    "l1": {"loss_type": "l1"},
+    "min-SNR and offset": {"min_snr_gamma": 1.0, "noise_offset": 0.1},
+    "zero terminal SNR": {"rescale_zero_terminal_snr": True},
+    "everything": {
+        "rescale_zero_terminal_snr": True,
+        "min_snr_gamma": 5.0,
+        "noise_offset": 0.1,
+        "input_perturbation": 0.1,
+        "loss_type": "huber",
+    },
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("with_prior", [False, True], ids=["alone", "with prior"])
+@pytest.mark.parametrize("kind", ["model", "v_model"], ids=["epsilon", "v_prediction"])
+def test_every_objective_equals_a_slow_reference(request, settings, prior, kind, with_prior, objective):
+    if kind == "model" and "rescale_zero_terminal_snr" in objective:
+        pytest.skip("a model that predicts noise learns nothing where the input is noise alone")
+    extra = {**prior, "prior_loss_weight": 0.3} if with_prior else {}
+    model = str(request.getfixturevalue(kind))
+    config = TrainConfig(
+        **{**settings, **extra, **objective, "pretrained_model_name_or_path": model, "train_batch_size": 2, "seed": 3}
+    )
+    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
+    prompts |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
+    expected = reference_losses(config, prompts)
+    assert first_losses(config) == pytest.approx(expected, rel=1e-4)
+    plain = reference_losses(
+        replace(config, **{name: TrainConfig.__dataclass_fields__[name].default for name in objective}), prompts
+    )
+    assert expected[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+def test_zero_terminal_snr_is_refused_for_a_model_that_predicts_noise(config):
+    with pytest.raises(DbkitError, match="rescale_zero_terminal_snr needs a model that predicts v"):
+        train(config, rescale_zero_terminal_snr=True)
+
+
+def test_a_rescaled_schedule_is_saved_with_the_model(settings, v_model):
+    model = train(**{**settings, "pretrained_model_name_or_path": str(v_model), "rescale_zero_terminal_snr": True})
+    saved = DDPMScheduler.from_pretrained(model, subfolder="scheduler")
+    assert saved.alphas_cumprod[-1] == 0
+    assert saved.config.timestep_spacing == "trailing"
 
 
 @pytest.mark.parametrize(
