@@ -64,9 +64,8 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     saved = newest_state(run)
     for sentence in (*describe(instance, concepts), *warnings(concepts)):
         print(sentence)
-    print(
-        f"{total} steps; an epoch, which shows each image at least once, is {order.epoch_length / order.per_step:.3g}"
-    )
+    seen = total * order.per_step / len(instance)
+    print(f"{total} steps, in which each instance image is seen {seen:.3g} times on average")
     class_set = _class_examples(config, concepts, instance)
     require_apart(instance, class_set)
     order = _order(config, concepts, instance, class_set)
