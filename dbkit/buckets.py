@@ -19,8 +19,10 @@ def bucket_sizes(base: int, max_area: int, step: int, min_side: int, max_side: i
 
     Sides are min_side plus a multiple of step, at most max_side; the square of side `base` is always there.
     """
-    sides = range(min_side, max_side + 1, step)
-    tall = {(side, max(fitting)) for side in sides if (fitting := [s for s in sides if side * s <= max_area])}
+    tall = set()
+    for side in range(min_side, max_side + 1, step):
+        if (most := min(max_side, max_area // side)) >= min_side:
+            tall.add((side, most - (most - min_side) % step))
     return sorted({*tall, *((height, width) for width, height in tall), (base, base)}, key=lambda s: (s[0], -s[1]))
 
 
@@ -33,13 +35,18 @@ def sizes_of(config: TrainConfig) -> list[Size]:
 
 def bucket_limits(config: TrainConfig) -> tuple[int, int, int, int]:
     """Greatest area, step, shortest and longest side; those that are not given follow the resolution."""
-    side = config.resolution
+    area, step, shortest, longest = usual_limits(config.resolution)
     return (
-        config.bucket_max_area or 3 * side * side // 2,
-        config.bucket_step or max(1, side // 8),
-        config.bucket_min_side or max(1, side // 2),
-        config.bucket_max_side or 2 * side,
+        config.bucket_max_area or area,
+        config.bucket_step or step,
+        config.bucket_min_side or shortest,
+        config.bucket_max_side or longest,
     )
+
+
+def usual_limits(side: int) -> tuple[int, int, int, int]:
+    """The limits that suit a resolution: those of the published list at 512, multiples of 8 at any other."""
+    return 3 * side * side // 2, max(8, 8 * round(side / 64)), max(8, 8 * round(side / 16)), 2 * side
 
 
 def nearest(width: int, height: int, sizes: Iterable[Size]) -> Size:

@@ -16,6 +16,7 @@ from dbkit.config import CaptionConfig
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
 from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, list_images, read_image
+from dbkit.report import backgrounds
 from dbkit.settings import configured_by, plain
 
 RECORD = ".captions.json"
@@ -169,7 +170,11 @@ def _plan(
     # a.txt would belong to a.jpg and a.png both, and a.jpg.txt to a.jpg and to an image that is called a.jpg.png.
     claims = Counter(name.casefold() for path in paths for name in (path.stem, path.name))
     jobs, kept = [], []
+    apart = backgrounds(config.folder)
     for path in paths:
+        if path.name in apart:
+            kept.append(path.name)  # its caption must not get the subject's prefix or name
+            continue
         try:
             text = read_caption(path) or ""
         except DbkitError as error:
@@ -202,12 +207,24 @@ def _caption(
                 except DbkitError as error:
                     report.refused[job.path.name] = str(error)
             captions = dict(zip(pixels, captioner(list(pixels.values())) if pixels else []))
+            # A text that someone wrote meanwhile is theirs, whatever is asked of those that were there.
+            changed = [job for job in captions if _now(job) != job.before]
+            report.kept.extend(job.path.name for job in changed)
+            captions = {job: caption for job, caption in captions.items() if job not in changed}
             texts = {job: _text(job, caption, config) for job, caption in captions.items() if caption}
             if texts:
                 record.write(texts, replace=config.existing == "replace")
             report.written.update((job.path.name, text) for job, text in texts.items())
             report.without.extend(job.path.name for job in captions if job not in texts)
             bar.update(len(batch))
+
+
+def _now(job: _Job) -> str | None:
+    """The text that is there now; None if it can no longer be read."""
+    try:
+        return read_caption(job.path) or ""
+    except DbkitError:
+        return None
 
 
 def _text(job: _Job, caption: str, config: CaptionConfig) -> str:

@@ -32,7 +32,10 @@ class Concept:
 def concepts_of(config: TrainConfig) -> list[Concept]:
     """The concepts of a training: those of concepts_list, or the one that the settings describe."""
     if config.concepts_list:
-        return read_concepts(config.concepts_list, config)
+        concepts = read_concepts(config.concepts_list, config)
+        if mistakes := _folder_mistakes(concepts, config):
+            raise DbkitError(f"{config.concepts_list} needs a change:" + "".join(f"\n  - {m}" for m in mistakes))
+        return concepts
     return [Concept(config.instance_data_dir, config.instance_prompt, config.class_prompt, config.class_data_dir)]
 
 
@@ -45,7 +48,7 @@ def read_concepts(path: Path, config: TrainConfig) -> list[Concept]:
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DbkitError(f"concepts_list {path} cannot be read ({error.strerror}); check the path") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DbkitError(f"concepts_list {path} is not JSON ({error}); mend it there") from error
     if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
         raise DbkitError(f'concepts_list {path} is not a list of concepts; write [{{"instance_prompt": …}}, …]')
@@ -74,13 +77,40 @@ def _mistakes(entry: dict[str, Any], config: TrainConfig) -> list[str]:
     if config.with_prior_preservation:
         needed.append("class_prompt")
     mistakes += [f"{name} is missing" for name in needed if not entry.get(name)]
+    if "instance_prompt" not in needed and entry.get("instance_prompt"):
+        mistakes.append("instance_prompt would not be used, since each image's label is its prompt; leave it out")
+    if not config.with_prior_preservation:
+        given = [name for name in ("class_prompt", "class_data_dir") if entry.get(name)]
+        mistakes += [
+            f"{name} has no effect without with_prior_preservation; turn that on or leave it out" for name in given
+        ]
     if entry.get("class_prompt") and entry.get("class_prompt") == entry.get("instance_prompt"):
         mistakes.append("class_prompt and instance_prompt are the same; put an identifier in instance_prompt only")
     return mistakes
 
 
+def _folder_mistakes(concepts: list[Concept], config: TrainConfig) -> list[str]:
+    """Folders that must not be the same or lie in one another: found before anything is generated into them."""
+    mistakes, prompts = [], {}
+    instance = {concept.instance_data_dir.resolve() for concept in concepts}
+    for number, concept in enumerate(concepts, 1):
+        for name in _PATHS:
+            folder = getattr(concept, name)
+            if folder and config.output_dir and folder.resolve().is_relative_to(config.output_dir.resolve()):
+                mistakes.append(f"concept {number}: {name} {folder} lies in output_dir; choose another output_dir")
+        folder = concept.class_data_dir and concept.class_data_dir.resolve()
+        if folder in instance:
+            mistakes.append(f"concept {number}: class_data_dir {folder} holds instance images; choose another folder")
+        if folder and prompts.setdefault(folder, concept.class_prompt) != concept.class_prompt:
+            mistakes.append(f"concept {number}: class_data_dir {folder} is another class's too; choose another folder")
+    return mistakes
+
+
 def _concept(entry: dict[str, Any], folder: Path) -> Concept:
-    paths = {name: folder / Path(entry[name]).expanduser() for name in _PATHS if entry.get(name)}
+    try:
+        paths = {name: folder / Path(entry[name]).expanduser() for name in _PATHS if entry.get(name)}
+    except RuntimeError as error:
+        raise DbkitError(f"a folder in concepts_list has no such user: {str(error).lower()}; write the path") from error
     prompts = {name: entry.get(name) or None for name in _PROMPTS}
     return Concept(**paths, **prompts, weight=float(entry.get("weight", 1)))
 

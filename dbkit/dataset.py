@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import itertools
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbkit.buckets import bucket_sizes, kept_share, nearest
+from dbkit.buckets import bucket_sizes, kept_share, nearest, usual_limits
 from dbkit.captions import caption_file, read_caption
 from dbkit.config import PrepareConfig
 from dbkit.doctor import examine
 from dbkit.errors import DbkitError
 from dbkit.faces import background_box, face_place, head_box
-from dbkit.files import safe_name, sha256, whole_file, write_text
-from dbkit.images import SUFFIXES, View, crop_place, is_hidden, list_images, read_image, render
+from dbkit.files import one_process, safe_name, sha256, whole_file, write_text
+from dbkit.images import SUFFIXES, View, crop_place, is_hidden, list_images, read_image, read_usable, render
 from dbkit.measures import Measures, fingerprint, measure
-from dbkit.report import REPORT, DatasetReport, Kept, earlier, write_contact_sheet, write_report
+from dbkit.report import REPORT, DatasetReport, Kept, earlier, note_written, write_contact_sheet, write_report
 from dbkit.settings import configured_by
 from dbkit.sources import Source, opened
 from dbkit.tokenizer import model_tokenizer
@@ -35,8 +39,8 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
     and report/contact_sheet.jpg. Raises DbkitError when no image is usable.
     """
     count_tokens = _token_counter(config.pretrained_model_name_or_path)
-    with opened(config.source) as source:
-        _check_folders(config.source, config.destination)
+    _check_folders(config.source, config.destination)
+    with one_process(config.destination.absolute()), opened(config.source) as source:
         if not source.images:
             hints = [*source.refused.values(), *(f"{name} is {why}" for name, why in source.ignored.items())]
             hints.append(f"put 5 to 20 photographs there ({', '.join(sorted(SUFFIXES))})")
@@ -59,9 +63,9 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
                 f"none of the {len(source.images)} images in {config.source} is usable: {'; '.join(reasons)}"
             )
         kept = _prepare(source, chosen, captions, config)
-    report = DatasetReport(config.destination, kept, source.refused, findings, left_out, source.ignored)
-    write_contact_sheet(report)
-    write_report(report, config.resolution)
+        report = DatasetReport(config.destination, kept, source.refused, findings, left_out, source.ignored)
+        write_report(report, config.resolution)
+        write_contact_sheet(report)
     return report
 
 
@@ -90,49 +94,73 @@ def _look(source: Source, config: PrepareConfig) -> tuple[dict[str, Measures], d
     from tqdm import tqdm
 
     measures, captions = {}, {}
+    default = " ".join((config.default_caption or "").split()) or None
     for path in tqdm(source.images, "looking", file=sys.stdout, mininterval=1, leave=False):
         name = _name(source, path)
         try:
-            caption, image = read_caption(path), _usable(path)
+            caption, image = read_caption(path), read_usable(path)
         except DbkitError as error:
             source.refused[name] = str(error)
             continue
-        captions[name] = caption or config.default_caption or caption
+        captions[name] = caption or default or caption
         measures[name] = measure(image, text=config.look_for_text)
     return measures, captions
 
 
-def _usable(path: Path) -> Image.Image:
-    image = read_image(path)
-    if min(image.size) < 8:
-        raise DbkitError(f"{path.name} has {image.width} x {image.height} pixels; too small to learn from")
-    return image
-
-
 def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None], config: PrepareConfig) -> list[Kept]:
-    """Write the chosen images and their captions, then remove those of an earlier run whose photographs are gone."""
+    """Write the chosen images and their captions, then remove those of earlier runs whose photographs are gone."""
     from tqdm import tqdm
 
-    config.destination.mkdir(parents=True, exist_ok=True)
-    before, planned = earlier(config.destination)
-    names = _stable_names(source, chosen, config.destination, planned)
-    came = {image.file: image.caption_before for image in before}
+    folder = config.destination
+    folder.mkdir(parents=True, exist_ok=True)
+    before, planned = earlier(folder)
+    own = {path.name for path in folder.glob("*.png")} - {image.file for image in before}
+    names = _stable_names(source, chosen, folder, planned)
     # From the first image on the folder and its names are known to be dbkit's own, also after a kill.
     planned |= {_name(source, path): name for path, name in names.items()}
-    write_report(DatasetReport(config.destination, before, {}), config.resolution, planned)
-    kept: list[Kept] = []
+    write_report(DatasetReport(folder, before, {}), config.resolution, planned)
+    taken, kept = own | set(names.values()), []
     for path in tqdm(chosen, "preparing", file=sys.stdout, mininterval=1, leave=False):
         name, image = _name(source, path), read_image(path)
         for part, picture, share in _pictures(image, name, config):
-            stem = Path(names[path]).stem
-            target = config.destination / (names[path] if part == "whole" else f"{stem}-{part}.png")
-            with whole_file(target) as partial:
-                picture.save(partial, "PNG")
-            caption = _part_caption(part, captions[name], config)
-            _write_caption(target, caption, came)
-            kept.append(_kept(image, name, part, share, target, caption, config))
-    _remove_stale(config.destination, before, kept)
+            file = names[path] if part == "whole" else _part_name(names[path], part, taken)
+            made = Kept(
+                file=file,
+                source=name,
+                width=image.width,
+                height=image.height,
+                kept=share,
+                enlarged=min(image.size) < config.resolution,
+                caption=None,
+                sha256="",
+                caption_before=_part_caption(part, captions[name], config),
+                part=part,
+            )
+            kept.append(_write(folder, made, picture, [old for old in before if old.file == file]))
+    _remove_stale(folder, before, kept)
     return kept
+
+
+def _part_name(whole: str, part: str, taken: set[str]) -> str:
+    """A name for a part of an image, which no photograph and no picture of the user's own has."""
+    stem = f"{Path(whole).stem}-{part}"
+    names = itertools.chain([f"{stem}.png"], (f"{stem}-{number}.png" for number in itertools.count(2)))
+    return next(name for name in names if name not in taken)
+
+
+def _write(folder: Path, made: Kept, picture: Image.Image, before: list[Kept]) -> Kept:
+    """Write one image and its caption, unless someone changed them since dbkit wrote them. before are its records."""
+    target, buffer = folder / made.file, io.BytesIO()
+    picture.save(buffer, "PNG")
+    made = replace(made, sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
+    if before and target.is_file() and sha256(target) not in {made.sha256, *(old.sha256 for old in before)}:
+        made = replace(made, sha256=before[-1].sha256, retouched=True)
+    note_written(folder, made)
+    if not made.retouched:
+        with whole_file(target) as partial:
+            partial.write_bytes(buffer.getvalue())
+    _write_caption(target, made.caption_before, {old.caption_before for old in before})
+    return replace(made, caption=read_caption(target))
 
 
 def _pictures(image: Image.Image, name: str, config: PrepareConfig) -> Iterator[tuple[str, Image.Image, float]]:
@@ -158,7 +186,7 @@ def _pictures(image: Image.Image, name: str, config: PrepareConfig) -> Iterator[
 
 def _bucket_share(image: Image.Image, side: int) -> float:
     """The share of a whole image that is trained when the buckets' settings are left as they are."""
-    sizes = bucket_sizes(side, 3 * side * side // 2, max(1, side // 8), max(1, side // 2), 2 * side)
+    sizes = bucket_sizes(side, *usual_limits(side))
     return kept_share(*image.size, nearest(*image.size, sizes))
 
 
@@ -169,31 +197,17 @@ def _part_caption(part: str, caption: str | None, config: PrepareConfig) -> str 
     return f"{caption}, close-up of the face" if part == "head" and caption else caption
 
 
-def _write_caption(target: Path, caption: str | None, came: dict[str, str | None]) -> None:
-    """Write a caption, unless the one that is there was edited since dbkit wrote it."""
+def _write_caption(target: Path, caption: str | None, before: set[str | None]) -> None:
+    """Bring a caption up to date, unless the one that is there is none of those that dbkit wrote before."""
+    there = caption_file(target)
     try:
-        edited = caption_file(target) is not None and read_caption(target) != came.get(target.name)
+        edited = there is not None and read_caption(target) not in {*before, caption}
     except DbkitError:
         edited = True
     if caption and not edited:
-        write_text(caption_file(target) or target.with_suffix(".txt"), caption + "\n")
-
-
-def _kept(
-    image: Image.Image, name: str, part: str, share: float, target: Path, caption: str | None, config: PrepareConfig
-) -> Kept:
-    return Kept(
-        file=target.name,
-        source=name,
-        width=image.width,
-        height=image.height,
-        kept=share,
-        enlarged=min(image.size) < config.resolution,
-        caption=read_caption(target),
-        sha256=sha256(target),
-        caption_before=caption,
-        part=part,
-    )
+        write_text(there or target.with_suffix(".txt"), caption + "\n")
+    elif there and not caption and not edited and before - {None}:
+        there.unlink()
 
 
 def _check_folders(source: Path, destination: Path) -> None:
@@ -226,18 +240,19 @@ def _stable_names(source: Source, found: list[Path], destination: Path, named: d
         candidates = [stem, f"{stem}-{path.suffix[1:].lower()}"]
         more = (f"{stem}-{number}" for number in itertools.count(2))
         name = next(name for name in itertools.chain(candidates, more) if name.casefold() not in taken)
-        taken |= {name.casefold(), *(f"{name}-{part}".casefold() for part in ("head", "background"))}
+        taken.add(name.casefold())
         names[path] = f"{name}.png"
     return names
 
 
 def _remove_stale(destination: Path, before: list[Kept], kept: list[Kept]) -> None:
-    """Remove images that an earlier run wrote here and whose photographs are gone; changed files are left alone."""
+    """Remove images that earlier runs wrote here and whose photographs are gone; changed files are left alone."""
     current = {image.file for image in kept}
     for image in before:
         path = destination / image.file
         if path.name not in current and path.is_file() and sha256(path) == image.sha256:
             path.unlink()
-            caption = caption_file(path)
-            if caption is not None and read_caption(path) == image.caption_before:
-                caption.unlink()
+            with contextlib.suppress(DbkitError):  # a text that cannot be read is not dbkit's
+                caption = caption_file(path)
+                if caption is not None and read_caption(path) == image.caption_before:
+                    caption.unlink()

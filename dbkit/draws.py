@@ -46,6 +46,8 @@ def index(seed: int, purpose: Purpose, count: int, n: int, lane: int = 0) -> int
 
     lane tells several sets of items of one purpose apart.
     """
+    if count == 1:
+        return 0
     epoch, position = divmod(n, count)
     return int(_permutation(seed, purpose, count, epoch, lane)[position])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from dbkit.captions import caption_file, read_caption
 from dbkit.errors import DbkitError
 from dbkit.files import whole_file
 from dbkit.images import list_images
+from dbkit.report import backgrounds
 
 
 @dataclass(frozen=True)
@@ -83,14 +84,17 @@ class Captions:
     def add(self, text: str, *, before: bool) -> int:
         """Put text before or after every caption; an image without one gets it alone. Returns how many changed.
 
-        A space goes between, but not before a comma or another mark.
+        A space goes between, but not before a comma or another mark. Images that show a background alone, by the
+        report of prepare_dataset(), are passed by: what is added to all is about the subject.
         """
         added = _one_line(text)
         if not added:
             raise DbkitError("the text to add is empty; write what is to stand before or after each caption")
         if before:
-            return self._change_all(lambda text: f"{added} {text}")
-        return self._change_all(lambda text: f"{text}{'' if added[0] in ',.;:!?' else ' '}{added}")
+            return self._change_all(lambda text: f"{added} {text}", backgrounds(self.folder))
+        return self._change_all(
+            lambda text: f"{text}{'' if added[0] in ',.;:!?' else ' '}{added}", backgrounds(self.folder)
+        )
 
     def undo(self) -> int:
         """Take back the last change, exactly; one of the whole set as one. Returns how many texts it had changed.
@@ -111,9 +115,11 @@ class Captions:
         del self._history[-1]
         return len(edits)
 
-    def _change_all(self, change: Callable[[str], str]) -> int:
+    def _change_all(self, change: Callable[[str], str], but: Collection[str] = ()) -> int:
         changes = []
         for name, image in self._images.items():
+            if name in but:
+                continue
             try:
                 text = self.text(name) or ""
             except DbkitError:

@@ -14,7 +14,7 @@ from dbkit.captions import read_caption
 from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
 from dbkit.files import sha256
-from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, View, crop_place, list_images, read_image
+from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, View, crop_place, is_text, list_images, read_usable
 from dbkit.report import backgrounds
 from dbkit.train_config import TrainConfig
 
@@ -94,6 +94,10 @@ def _training_images(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DbkitError(f"instance_data_dir {folder} is not a folder; check the path, or make it with dbkit prepare")
     paths = list_images(folder)
+    odd = [path for path in paths if not is_text(path.name)]
+    if odd:
+        shown = _some([path.name.encode("utf-8", "backslashreplace").decode() for path in odd])
+        raise DbkitError(f"{len(odd)} images in {folder} have names that are no text ({shown}); rename them")
     others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHER_SUFFIXES)
     if others:
         raise DbkitError(f"{len(others)} images in {folder} are not usable: {UNREAD.format(_some(others))}")
@@ -110,7 +114,7 @@ def _checked_examples(
     examples, unreadable, sizes = [], [], sizes_of(config)
     for path in paths:
         try:
-            width, height = read_image(path).size
+            width, height = read_usable(path).size
         except DbkitError as error:
             unreadable.append(str(error))
         else:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif"})
 # 100 million pixels: every camera's photograph passes, and decoding one takes at most 400 MB.
 MAX_PIXELS = 100_000_000
+LEAST_SIDE = 8
 # Photographs that are not read yet: they are named, so that none is missed silently.
 OTHER_SUFFIXES = frozenset({".avif", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".psd"})
 UNREAD = "{} is of a kind that dbkit does not read; save it as JPEG or PNG"
@@ -41,6 +42,11 @@ _JUNK = frozenset({"thumbs.db", "desktop.ini", "__macosx"})
 def is_hidden(path: Path) -> bool:
     """Whether a path below a data folder is system clutter: .DS_Store, .ipynb_checkpoints, Thumbs.db, __MACOSX."""
     return any(part.startswith(".") or part.lower() in _JUNK for part in path.parts)
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name is text: on Linux it may be any bytes, and Python shows those that are not so oddly."""
+    return name.isprintable() or all(not 0xD800 <= ord(letter) <= 0xDFFF for letter in name)
 
 
 def list_images(folder: Path) -> list[Path]:
@@ -83,6 +89,14 @@ def read_image(path: Path) -> Image.Image:
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DbkitError(f"{path.name} cannot be read as an image ({reason}); replace it or take it out") from error
+
+
+def read_usable(path: Path) -> Image.Image:
+    """read_image(), but a picture of fewer than LEAST_SIDE pixels along a side is refused too."""
+    image = read_image(path)
+    if min(image.size) < LEAST_SIDE:
+        raise DbkitError(f"{path.name} has {image.width} x {image.height} pixels; too small to learn from")
+    return image
 
 
 def kind_of(path: Path) -> str | None:

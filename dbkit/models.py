@@ -46,6 +46,11 @@ class Facts:
     resolution: int
     prediction_type: str
 
+    @property
+    def size_factor(self) -> int:
+        """What sides of pictures are multiples of: of the VAE's factor, and of 8, which diffusers' pipeline wants."""
+        return math.lcm(self.vae_scale_factor, 8)
+
 
 @dataclass
 class Models:
@@ -124,12 +129,12 @@ def _require_hub_id(name: str) -> None:
 
 
 def check_resolution(resolution: int, facts: Facts | None) -> None:
-    """Raise DbkitError unless the VAE can encode images of this size."""
-    if facts and resolution % facts.vae_scale_factor:
-        factor = facts.vae_scale_factor
+    """Raise DbkitError unless the VAE can encode images of this size, and diffusers' pipeline sample them."""
+    if facts and resolution % facts.size_factor:
+        factor = facts.size_factor
         nearest = max(1, round(resolution / factor)) * factor
         raise DbkitError(
-            f"resolution is {resolution}; this model's VAE needs a multiple of {factor}, for instance {nearest}"
+            f"resolution is {resolution}; this model's pictures need a multiple of {factor}, for instance {nearest}"
         )
 
 

@@ -66,11 +66,14 @@ class Order:
         return functools.lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[list[int], list[int]]:
-        images = [
-            members[draws.index(self.seed, "instance order", len(members), epoch * count + k, concept)]
-            for concept, (members, count) in enumerate(zip(self._members, self._per_concept))
-            for k in range(count)
-        ]
+        images = []
+        for concept, (members, count) in enumerate(zip(self._members, self._per_concept)):
+            # Each epoch begins a new pass over the concept's images, so that none of them is missing from it.
+            first = epoch * math.ceil(count / len(members)) * len(members) if members else 0
+            images += [
+                members[draws.index(self.seed, "instance order", len(members), first + k, concept)]
+                for k in range(count)
+            ]
         if len(self.weights) > 1:
             images = [images[k] for k in draws.generator(self.seed, "epoch", epoch).permutation(len(images))]
         if len({size for _, size in self.instance_kinds}) > 1:

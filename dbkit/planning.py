@@ -58,6 +58,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     instance = instance_examples(config, concepts)
     previews = _preview_prompts(config, instance, concepts)
     order = _order(config, concepts, instance, [])
+    _check_weights(order, len(instance))
     total = _total_steps(config, order)
     if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
         print(f"the earlier run is moved to {move_aside(run)}")
@@ -83,10 +84,10 @@ def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:
         raise DbkitError(f"bucket_min_side {shortest} is above bucket_max_side {longest}; lower it")
     for width, height in sizes_of(config):
         for side in (width, height):
-            if facts and side % facts.vae_scale_factor:
+            if facts and side % facts.size_factor:
                 raise DbkitError(
-                    f"a bucket would be {width} x {height}, and this model's VAE needs multiples of "
-                    f"{facts.vae_scale_factor}; set bucket_step and bucket_min_side to such"
+                    f"a bucket would be {width} x {height}, and this model's pictures need multiples of "
+                    f"{facts.size_factor}; set bucket_step and bucket_min_side to such"
                 )
 
 
@@ -98,6 +99,15 @@ def _order(config: TrainConfig, concepts: list[Concept], instance: list[Example]
         tuple((example.concept, example.size) for example in class_set),
         tuple(concept.weight for concept in concepts),
     )
+
+
+def _check_weights(order: Order, images: int) -> None:
+    # An epoch has each image once at least; beyond this the rarest concept would wait for it too long.
+    if order.epoch_length > 100 * images:
+        raise DbkitError(
+            f"with the weights of these concepts an epoch has {order.epoch_length} samples for {images} images; bring "
+            "the weights closer together"
+        )
 
 
 def _total_steps(config: TrainConfig, order: Order) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import io
 import json
+import math
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 from dbkit.doctor import Finding
 from dbkit.errors import DbkitError
-from dbkit.files import whole_file, write_text
+from dbkit.files import full_disk_is_a_sentence, whole_file, write_text
 from dbkit.images import read_image
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 REPORT = "report.json"
 # In a folder of its own, where no training takes it for an image to learn.
 CONTACT_SHEET = Path("report") / "contact_sheet.jpg"
+# What a run that is not finished has written so far, a line for each image.
+JOURNAL = Path("report") / "written.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,8 @@ class Kept:
     # The caption as it came; where the one beside the image differs, someone edited it.
     caption_before: str | None = None
     part: Literal["whole", "head", "background"] = "whole"
+    # Changed by hand since dbkit wrote it, and so left as it is; sha256 is still that of what dbkit wrote.
+    retouched: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,6 +118,8 @@ def _title(image: Kept) -> str:
 
 
 def _note(image: Kept) -> str:
+    if image.retouched:
+        return "changed by you in the prepared folder, and left as it is; delete it there to have it made anew"
     if image.kept >= 0.995:
         return ""
     return f"{image.width} x {image.height}, the crop keeps {image.kept:.0%}"
@@ -129,14 +137,17 @@ def _encoded(path: Path) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def write_contact_sheet(report: DatasetReport, columns: int = 6, side: int = 160) -> Path:
-    """Save all images as the model sees them in one picture, each under its name and what was found about it."""
+def write_contact_sheet(report: DatasetReport) -> Path:
+    """Save all images as the model sees them in one picture, each over its name and what was found about it."""
     from PIL import Image, ImageDraw, ImageFont
 
+    count = len(report.kept)
+    # JPEG ends at 65,500 pixels, and a picture that is about square is easier to look at than a ribbon.
+    columns, side = max(6, math.isqrt(count)), 160 if count <= 200 else 96
     checks = {name: sorted({f.check for f in report.findings if f.image == name}) for name in _sources(report)}
     font, gap, line = ImageFont.load_default(12), 8, 15
-    cell, rows = (side + gap, side + 3 * line + gap), -(-len(report.kept) // columns)
-    sheet = Image.new("RGB", (gap + min(columns, len(report.kept)) * cell[0], gap + rows * cell[1]), "white")
+    cell, rows = (side + gap, side + 3 * line + gap), -(-count // columns)
+    sheet = Image.new("RGB", (gap + min(columns, count) * cell[0], gap + rows * cell[1]), "white")
     pen = ImageDraw.Draw(sheet)
     for number, image in enumerate(report.kept):
         x, y = gap + number % columns * cell[0], gap + number // columns * cell[1]
@@ -176,17 +187,42 @@ def write_report(report: DatasetReport, resolution: int, planned: dict[str, str]
     }
     facts |= {"planned": planned} if planned else {}
     write_text(report.folder / REPORT, json.dumps(facts, indent=1, ensure_ascii=False))
+    if planned is None:
+        (report.folder / JOURNAL).unlink(missing_ok=True)
+
+
+def note_written(folder: Path, image: Kept) -> None:
+    """Say in the journal, before an image is written, what it will be: so a run that is killed forgets nothing."""
+    path = folder / JOURNAL
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with full_disk_is_a_sentence(folder), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(image), ensure_ascii=False) + "\n")
+
+
+def _journal(folder: Path) -> list[Kept]:
+    path = folder / JOURNAL
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    images = []
+    for line in lines:
+        # A kill can leave half of the last line, whose image was not written.
+        with contextlib.suppress(json.JSONDecodeError):
+            images.append(Kept(**json.loads(line)))
+    return images
 
 
 def earlier(folder: Path) -> tuple[list[Kept], dict[str, str]]:
-    """What the last run made here, by its report, and the names that photographs have been given."""
+    """What earlier runs made here, by report and journal, and the names that photographs have been given.
+
+    A file may be there twice: as the last finished run made it, and as one that was stopped did.
+    """
     path = folder / REPORT
     if not path.exists():
         return [], {}
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        made = [*(Kept(**image) for image in facts["images"]), *_journal(folder)]
         # Names of pictures only, so that no report can point outside its folder.
-        images = [replace(image, file=_picture(image.file)) for image in (Kept(**image) for image in facts["images"])]
+        images = [replace(image, file=_picture(image.file)) for image in made]
         planned = {str(source): _picture(name) for source, name in facts.get("planned", {}).items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DbkitError(f"{path} is damaged or not made by dbkit; choose a new folder as destination") from error
@@ -196,10 +232,9 @@ def earlier(folder: Path) -> tuple[list[Kept], dict[str, str]]:
 def backgrounds(folder: Path) -> set[str]:
     """The images of a prepared folder that show a background alone, by name; none where dbkit made no report."""
     try:
-        images = json.loads((folder / REPORT).read_text(encoding="utf-8"))["images"]
-        return {image["file"] for image in images if image.get("part") == "background"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return set()  # a file of this name that someone else put there
+        return {image.file for image in earlier(folder)[0] if image.part == "background"}
+    except (DbkitError, OSError):
+        return set()  # a report that someone else put there
 
 
 def _picture(name: str) -> str:

@@ -130,6 +130,7 @@ class TrainConfig(Settings):
         None,
         "pixels between the sides of two buckets; empty: resolution / 8 (64 at 512)",
         min=1,
+        max=8192,
         fixed=True,
         advanced=True,
     )
@@ -137,6 +138,7 @@ class TrainConfig(Settings):
         None,
         "shortest side of a bucket, in pixels; empty: resolution / 2 (256 at 512)",
         min=8,
+        max=8192,
         fixed=True,
         advanced=True,
     )
@@ -144,6 +146,7 @@ class TrainConfig(Settings):
         None,
         "longest side of a bucket, in pixels; empty: 2 times resolution (1024 at 512)",
         min=8,
+        max=8192,
         fixed=True,
         advanced=True,
     )
@@ -360,6 +363,10 @@ class TrainConfig(Settings):
         return mistakes
 
     def _data_mistakes(self) -> list[str]:
+        if not self.use_aspect_ratio_bucket:
+            limits = ("bucket_max_area", "bucket_step", "bucket_min_side", "bucket_max_side")
+            if given := [name for name in limits if getattr(self, name)]:
+                return [f"{' and '.join(given)} have no effect without use_aspect_ratio_bucket; turn that on"]
         if not self.concepts_list:
             return (
                 [] if self.instance_data_dir else ["instance_data_dir is missing: the folder with the images to learn"]
@@ -386,8 +393,10 @@ class TrainConfig(Settings):
         if tags and not (self.use_txt_as_label or self.combine_prompt_from_txt):
             return [f"{' and '.join(tags)} need tags from .txt files; set use_txt_as_label or combine_prompt_from_txt"]
         if self.combine_prompt_from_txt and "{TXT_PROMPT}" not in self.prompt_combine_template:
+            return ["prompt_combine_template has no {TXT_PROMPT}, so no text would be used; {PROMPT}, {TXT_PROMPT} has"]
+        if self.combine_prompt_from_txt and "{PROMPT}" not in self.prompt_combine_template:
             return [
-                "prompt_combine_template has no {TXT_PROMPT}, so no text would be used; write for instance {PROMPT}, {TXT_PROMPT}"
+                "prompt_combine_template has no {PROMPT}, so the identifier would be lost; use_txt_as_label does that"
             ]
         return []
 

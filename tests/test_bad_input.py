@@ -306,7 +306,7 @@ def test_a_zip_writes_nothing_outside_and_loses_nothing(tmp_path):
     names = ["../up.png", "/root.png", "a/../../b.png", "C:\\x.png", "..\\win.png"]
     report = prepare(zipped(tmp_path / "photos.zip", dict.fromkeys(names, PNG)))
     assert len(report.kept) + len(report.refused) == len(GOOD) + len(names)
-    assert {path.name for path in tmp_path.iterdir()} - {"workspace"} == {"photos.zip", "out"}
+    assert {path.name for path in tmp_path.iterdir()} - {"workspace", ".out.lock"} == {"photos.zip", "out"}
 
 
 def test_a_file_in_a_zip_that_unpacks_to_too_much_is_refused_and_the_others_are_not(tmp_path):

@@ -109,7 +109,7 @@ def test_a_number_is_shared_out_in_proportion():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"bucket_step": 4}, "a bucket would be .*, and this model's VAE needs multiples of 8; set bucket_step"),
+        ({"bucket_step": 4}, "a bucket would be .*, and this model's pictures need multiples of 8; set bucket_step"),
         ({"bucket_min_side": 72, "bucket_max_side": 64}, "bucket_min_side 72 is above bucket_max_side 64; lower it"),
     ],
 )

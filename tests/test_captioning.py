@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dbkit.captioning import RECORD, CaptionReport, caption_dataset
 from dbkit.captions import read_caption
 from dbkit.config import CaptionConfig
 from dbkit.libraries import quiet
+from dbkit.report import DatasetReport, Kept, write_report
 
 RED = "red hair, ^_^, 1girl, (o)_(o)"  # 0.982, 0.924, 0.881, 0.818
 BLUE = "blue sky, miku (vocaloid), 1girl"  # 0.982, 0.953, 0.881
@@ -623,3 +625,26 @@ def test_without_a_captioner_nothing_is_written_and_that_is_said(folder):
     report = caption_dataset(folder, captioner="none", existing="replace")
     assert texts(folder) == before and not (folder / RECORD).exists()
     assert str(report) == f"no captioner is chosen, so all texts are as they were: {folder}"
+
+
+def test_a_text_written_while_it_runs_is_left_alone(settings, folder, monkeypatch):
+    # Someone types a caption for the last image while the first is on its way to the disk.
+    last = sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")[-1]
+    fsync = os.fsync
+
+    def typed(handle):
+        (folder / last).with_suffix(".txt").write_text("typed by hand")
+        return fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", typed)
+    report = caption_dataset(**settings, batch_size=1, existing="replace")
+    assert texts(folder)[f"{Path(last).stem}.txt"].strip() == "typed by hand"
+    assert last in report.kept and last not in report.written
+
+
+def test_a_background_gets_no_caption_of_the_subject(settings, folder):
+    name = sorted(path.name for path in folder.iterdir() if path.suffix == ".png")[0]
+    kept = [Kept(name, "photo.jpg", 40, 30, 1.0, False, None, "", part="background")]
+    write_report(DatasetReport(folder, kept, {}), 32)
+    report = caption_dataset(**settings, existing="replace", prefix="photo of zwx man")
+    assert name in report.kept and name not in report.written

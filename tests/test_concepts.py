@@ -24,7 +24,8 @@ CAR = {"instance_prompt": "photo of ukj car", "class_prompt": "photo of a car", 
 def config(folders, *concepts, text=None, **changes):
     path = folders / "concepts_list.json"
     path.write_text(json.dumps(concepts) if text is None else text, encoding="utf-8")
-    return TrainConfig(pretrained_model_name_or_path="owner/name", concepts_list=path, **changes)
+    prior = {"with_prior_preservation": True, **changes}
+    return TrainConfig(pretrained_model_name_or_path="owner/name", concepts_list=path, **prior)
 
 
 def test_the_keys_of_the_seed_document_are_read_and_folders_taken_from_the_list(folders):
@@ -61,7 +62,7 @@ def test_without_a_list_the_settings_are_the_one_concept():
 )
 def test_every_mistake_of_a_list_is_named_with_its_concept(folders, entries, sentences):
     with pytest.raises(DbkitError) as raised:
-        concepts_of(config(folders, *entries, with_prior_preservation=True))
+        concepts_of(config(folders, *entries))
     for sentence in sentences:
         assert f"\n  - {sentence}" in str(raised.value)
 
@@ -81,9 +82,38 @@ def test_a_list_that_is_not_there_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir"])
 def test_settings_that_the_list_has_for_each_concept_are_refused_beside_it(folders, name):
-    prior = {"with_prior_preservation": True} if name.startswith("class") else {}
     with pytest.raises(DbkitError, match=f"concepts_list says {name} for each concept; leave {name} empty"):
-        config(folders, DOG, **{name: "x"}, **prior)
+        config(folders, DOG, **{name: "x"})
+
+
+@pytest.mark.parametrize(
+    ("entries", "changes", "sentence"),
+    [
+        (
+            [{**DOG, "class_data_dir": "zwx"}],
+            {},
+            "concept 1: class_data_dir .*zwx holds instance images",
+        ),
+        ([{**DOG, "class_data_dir": "ukj"}, CAR], {}, "concept 1: class_data_dir .*ukj holds instance images"),
+        (
+            [{**DOG, "class_data_dir": "c"}, {**CAR, "class_data_dir": "./c"}],
+            {},
+            "concept 2: class_data_dir .*c is another class's too; choose another folder",
+        ),
+        (
+            [DOG],
+            {"output_dir": "."},
+            "concept 1: instance_data_dir .*zwx lies in output_dir",
+        ),
+        ([DOG], {"with_prior_preservation": False}, "concept 1: class_prompt has no effect without with_prior"),
+        ([DOG], {"use_txt_as_label": True}, "concept 1: instance_prompt would not be used, since each image's label"),
+        ([{**DOG, "instance_data_dir": "~nobody-of-this-name/x"}], {}, "has no such user"),
+    ],
+)
+def test_what_would_be_ignored_or_overwritten_is_refused_before_anything_is_made(folders, entries, changes, sentence):
+    with pytest.raises(DbkitError, match=sentence):
+        concepts_of(config(folders, *entries, **changes))
+    assert sorted(path.name for path in folders.iterdir()) == ["concepts_list.json", "ukj", "zwx"]
 
 
 def test_two_subjects_of_one_class_are_warned_of(folders):
@@ -100,7 +130,9 @@ def test_two_concepts_of_one_folder_are_warned_of(folders):
 
 def test_the_templates_list_names_folders_that_are_there():
     path = data_templates() / "concepts_list.json"
-    concepts = concepts_of(TrainConfig(pretrained_model_name_or_path="x", concepts_list=path))
+    concepts = concepts_of(
+        TrainConfig(pretrained_model_name_or_path="x", concepts_list=path, with_prior_preservation=True)
+    )
     assert len(concepts) == 2
     assert all(list(concept.instance_data_dir.glob("*.png")) for concept in concepts)
 

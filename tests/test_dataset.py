@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from test_faces import portrait
 
 from dbkit import DbkitError, PrepareConfig, prepare_dataset
-from dbkit.report import CONTACT_SHEET, REPORT
+from dbkit.files import one_process
+from dbkit.report import CONTACT_SHEET, REPORT, backgrounds
 
 REAL_PHOTOGRAPHS = Path(__file__).parents[2] / "shared" / "data" / "dreambooth" / "dog6"
 
@@ -272,6 +275,116 @@ def test_a_picture_that_someone_put_into_the_destination_is_not_overwritten(phot
     picture(photos / "cat.jpg")
     assert names(prepare(photos, tmp_path / "out"))["cat.jpg"] == "cat-jpg.png"
     assert colour_of(own) == (0, 0, 0)
+
+
+def stopped_after(count, photos, out, monkeypatch, **changes):
+    """Prepare, and stop as a kill would when `count` images are written."""
+    written, rename = [], Path.replace
+
+    def replace(partial, target):
+        if Path(target).suffix == ".png":
+            if len(written) == count:
+                raise KeyboardInterrupt
+            written.append(target)
+        return rename(partial, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(photos, out, **changes)
+    monkeypatch.setattr(Path, "replace", rename)
+
+
+def test_a_stopped_run_remembers_the_captions_that_it_wrote(photos, tmp_path, monkeypatch):
+    for path in photos.glob("*.txt"):
+        path.unlink()
+    stopped_after(2, photos, tmp_path / "out", monkeypatch, default_caption="photo of a dgo")
+    report = prepare(photos, tmp_path / "out", default_caption="photo of a dog")
+    assert {image.caption for image in report.kept} == {"photo of a dog"}
+
+
+def test_a_stopped_runs_images_are_removed_when_their_photographs_are_gone(photos, tmp_path, monkeypatch):
+    stopped_after(2, photos, tmp_path / "out", monkeypatch)
+    (photos / "crimson.png").unlink()
+    prepare(photos, tmp_path / "out")
+    assert set(hashes(tmp_path / "out")) == {"gold.png", "gold.txt", "teal.png", "teal.txt", REPORT}
+
+
+def test_a_prepared_image_that_someone_retouched_is_left_as_it_is_and_said(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    picture(tmp_path / "out" / "teal.png", "black", (32, 32))
+    for _ in range(2):
+        report = prepare(photos, tmp_path / "out", framing="random")
+        assert colour_of(tmp_path / "out" / "teal.png") == (0, 0, 0)
+        assert [image.file for image in report.kept if image.retouched] == ["teal.png"]
+        assert "  teal.png: changed by you in the prepared folder, and left as it is" in str(report)
+    (tmp_path / "out" / "teal.png").unlink()
+    prepare(photos, tmp_path / "out")
+    assert colour_of(tmp_path / "out" / "teal.png") != (0, 0, 0)
+
+
+def test_a_caption_that_is_gone_from_the_source_goes_here_too_unless_it_was_edited(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    (tmp_path / "out" / "gold.txt").write_text("edited here")
+    for name in ("gold", "teal"):
+        (photos / f"{name}.txt").unlink()
+    captions = {image.file: image.caption for image in prepare(photos, tmp_path / "out").kept}
+    assert captions == {"crimson.png": "a crimson thing", "gold.png": "edited here", "teal.png": None}
+
+
+def test_a_second_run_into_one_destination_is_refused(photos, tmp_path):
+    with (
+        one_process(tmp_path / "out"),
+        pytest.raises(DbkitError, match=r"another process is at work in .*out; wait for it, or choose another folder"),
+    ):
+        prepare(photos, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_is_refused_and_the_others_are_not(photos, tmp_path):
+    picture(photos / "x.png").rename(os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png"))
+    report = prepare(photos, tmp_path / "out")
+    assert len(report.kept) == 3
+    assert list(report.refused.values()) == ["caf\\udce9.png has a name that is no text; rename it"]
+
+
+# Framing.
+
+
+def test_a_face_is_framed_and_head_and_background_are_added(tmp_path):
+    source = tmp_path / "in"
+    picture(source / "a-head.png", size=(64, 64))
+    portrait((640, 400), (400, 80, 160)).save(source / "a.png")
+    (source / "a.txt").write_text("photo of zwx man")
+    report = prepare(source, tmp_path / "out", framing="face", head_crops=True, background_caption="photo of a room")
+    made = {(image.source, image.part): image for image in report.kept}
+    assert set(made) == {("a-head.png", "whole"), ("a.png", "whole"), ("a.png", "head"), ("a.png", "background")}
+    assert len({image.file for image in report.kept}) == 4
+    assert made["a.png", "head"].caption == "photo of zwx man, close-up of the face"
+    assert made["a.png", "background"].caption == "photo of a room"
+    assert made["a-head.png", "whole"].caption is None
+    assert backgrounds(tmp_path / "out") == {made["a.png", "background"].file}
+    # The face lies at the right, where a square around the centre would cut it: its skin fills the middle of this one.
+    with Image.open(tmp_path / "out" / made["a.png", "whole"].file) as image:
+        assert min(image.getpixel((16, 13))) > 150
+    again = prepare(source, tmp_path / "out")
+    assert {image.part for image in again.kept} == {"whole"}
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_without_a_crop_whole_images_are_kept_no_larger_than_buckets_need(tmp_path):
+    picture(tmp_path / "in" / "large.png", size=(400, 200))
+    picture(tmp_path / "in" / "small.png", size=(40, 60))
+    report = prepare(tmp_path / "in", tmp_path / "out", framing="none")
+    sizes = {image.source: Image.open(tmp_path / "out" / image.file).size for image in report.kept}
+    assert sizes == {"large.png": (128, 64), "small.png": (40, 60)}
+
+
+def test_doubtful_images_are_left_out_only_if_asked(photos, tmp_path):
+    shutil.copy(photos / "teal.png", photos / "teal again.png")
+    assert len(prepare(photos, tmp_path / "all").kept) == 4
+    report = prepare(photos, tmp_path / "some", leave_out=["near-duplicate"])
+    assert all("nearly equals" in reason for reason in report.left_out.values())
+    assert len(report.left_out) + len(report.kept) == 4 and report.left_out
 
 
 # What is refused.

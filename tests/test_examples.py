@@ -1,7 +1,6 @@
 """What training reads: every image checked before a model is loaded, each with its prompt."""
 
 import hashlib
-import json
 import shutil
 
 import numpy as np
@@ -12,6 +11,7 @@ from dbkit import DbkitError, TrainConfig, prepare_dataset
 from dbkit.concepts import concepts_of
 from dbkit.examples import class_examples, fingerprint, instance_examples
 from dbkit.images import list_images
+from dbkit.report import DatasetReport, Kept, write_report
 
 
 def picture(path, colour="teal", size=(40, 30)):
@@ -65,8 +65,9 @@ def test_each_images_file_name_is_its_prompt(photos):
 
 
 def test_a_background_is_never_learnt_as_the_subject(photos):
-    images = [{"file": "gold.png", "part": "background"}, {"file": "teal.png", "part": "whole"}]
-    (photos / "report.json").write_text(json.dumps({"images": images}))
+    facts = ("photo.jpg", 40, 30, 1.0, False, None, "")
+    kept = [Kept("gold.png", *facts, part="background"), Kept("teal.png", *facts)]
+    write_report(DatasetReport(photos, kept, {}), 32)
     with pytest.raises(
         DbkitError, match=r"^1 images in .* show a background without the subject \(gold.png\); set use"
     ):

@@ -115,7 +115,7 @@ def test_a_damaged_configuration_file_is_named(copied):
 
 @pytest.mark.parametrize(("resolution", "nearest"), [(500, 496), (3, 8), (517, 520)])
 def test_a_resolution_that_the_vae_cannot_encode_is_refused_with_the_nearest_one(model, resolution, nearest):
-    with pytest.raises(DbkitError, match=rf"is {resolution}; .* needs a multiple of 8, for instance {nearest}$"):
+    with pytest.raises(DbkitError, match=rf"is {resolution}; .* need a multiple of 8, for instance {nearest}$"):
         check_resolution(resolution, model_facts(model))
 
 

@@ -115,3 +115,9 @@ def test_concepts_are_mixed_within_an_epoch():
     kinds = ((0, SQUARE),) * 10 + ((1, SQUARE),) * 10
     (images,) = shown(Order(0, 2, kinds, (), (1.0, 1.0)), 1)
     assert 2 <= sum(image < 10 for image in images[:10]) <= 8
+
+
+def test_no_image_is_missing_from_an_epoch_where_a_small_set_repeats():
+    kinds = ((0, SQUARE),) * 20 + ((1, SQUARE),) * 3
+    for images in shown(Order(0, 2, kinds, (), (1.0, 0.2)), 30):
+        assert set(images) == set(range(23))

@@ -1,5 +1,6 @@
 """What a run will do is found out and said before a model is loaded."""
 
+import json
 import shutil
 
 import pytest
@@ -115,3 +116,14 @@ def test_augmentation_and_tags_make_versions_of_instance_images_only(settings, p
     assert [len(example.views) for example in made.instance] == [3, 3, 3]
     assert [len(example.prompts) > 1 for example in made.instance] == [False, False, True]
     assert {len(example.views) for example in made.class_set} == {1}
+
+
+def test_weights_that_would_make_an_epoch_endless_are_refused(settings, photos, tmp_path):
+    draw_photo(tmp_path / "one" / "a.png")
+    concepts = [
+        {"instance_prompt": "photo of zwx thing", "instance_data_dir": str(photos), "weight": 0.01},
+        {"instance_prompt": "photo of ukj thing", "instance_data_dir": str(tmp_path / "one"), "weight": 100},
+    ]
+    (tmp_path / "concepts_list.json").write_text(json.dumps(concepts))
+    with pytest.raises(DbkitError, match="with the weights of these concepts an epoch has 30003 samples for 4 images"):
+        plan(settings, instance_prompt=None, instance_data_dir=None, concepts_list=tmp_path / "concepts_list.json")

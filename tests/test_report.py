@@ -1,5 +1,6 @@
 """The report of a data set: in words, as a table, as a picture of all images, and as a file that is read again."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -93,3 +94,9 @@ def test_long_names_keep_their_end_on_the_contact_sheet(report):
     font = ImageFont.load_default(12)
     text = _fitting("photographs/" * 10 + "dog.png", font, 160)
     assert text.endswith("dog.png") and text.startswith("…") and font.getlength(text) <= 160
+
+
+def test_thousands_of_images_fit_on_one_contact_sheet(report):
+    many = dataclasses.replace(report, kept=report.kept * 1000)
+    with Image.open(write_contact_sheet(many)) as sheet:
+        assert max(sheet.size) < 20_000
