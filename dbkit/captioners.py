@@ -139,8 +139,7 @@ def _onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise DbkitError(
-            f'captioner tagger needs onnxruntime, which does not work here ({error}); pip install "dbkit[caption]", or '
-            "pip install onnxruntime"
+            f"captioner tagger needs onnxruntime, which does not work here ({error}); pip install onnxruntime"
         ) from error
     return onnxruntime
 

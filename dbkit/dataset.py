@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -15,13 +16,22 @@ from typing import TYPE_CHECKING
 from dbkit.buckets import bucket_sizes, kept_share, nearest, usual_limits
 from dbkit.captions import caption_file, read_caption
 from dbkit.config import PrepareConfig
-from dbkit.doctor import examine
+from dbkit.doctor import Finding, examine
 from dbkit.errors import DbkitError
-from dbkit.faces import background_box, face_place, head_box
+from dbkit.faces import background_box, face_place, head_box, largest_face
 from dbkit.files import one_process, safe_name, sha256, whole_file, write_text
 from dbkit.images import SUFFIXES, View, crop_place, is_hidden, list_images, read_image, read_usable, render
 from dbkit.measures import Measures, fingerprint, measure
-from dbkit.report import REPORT, DatasetReport, Kept, earlier, note_written, write_contact_sheet, write_report
+from dbkit.report import (
+    REPORT,
+    DatasetReport,
+    Kept,
+    earlier,
+    note_written,
+    prepared_from,
+    write_contact_sheet,
+    write_report,
+)
 from dbkit.settings import configured_by
 from dbkit.sources import Source, opened
 from dbkit.tokenizer import model_tokenizer
@@ -46,16 +56,21 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
             hints.append(f"put 5 to 20 photographs there ({', '.join(sorted(SUFFIXES))})")
             raise DbkitError(f"there are no images in {config.source}; {'; '.join(hints)}")
         measures, captions = _look(source, config)
-        findings = examine(
-            measures,
-            captions,
+        look = functools.partial(
+            examine,
             resolution=config.resolution,
             method=config.method,
             cropped=config.framing != "none",
             count_tokens=count_tokens,
             class_images=_class_hashes(config.class_data_dir),
         )
-        left_out = {f.image: f.says for f in findings if f.image and f.check in config.leave_out}
+        left_out: dict[str, str] = {}
+        for finding in look(measures, captions):
+            if finding.image and finding.check in config.leave_out:
+                before = f"{left_out[finding.image]}; " if finding.image in left_out else ""
+                left_out[finding.image] = before + finding.says
+        # What is said of the set is about what is left of it.
+        findings = look({name: seen for name, seen in measures.items() if name not in left_out}, captions)
         chosen = [path for path in source.images if _name(source, path) in measures.keys() - left_out.keys()]
         if not chosen:
             reasons = [*source.refused.values(), *left_out.values()]
@@ -63,8 +78,9 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
                 f"none of the {len(source.images)} images in {config.source} is usable: {'; '.join(reasons)}"
             )
         kept = _prepare(source, chosen, captions, config)
+        findings += _faceless(kept, config)
         report = DatasetReport(config.destination, kept, source.refused, findings, left_out, source.ignored)
-        write_report(report, config.resolution)
+        write_report(report, config.resolution, source=config.source.absolute())
         write_contact_sheet(report)
     return report
 
@@ -114,11 +130,13 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
     folder = config.destination
     folder.mkdir(parents=True, exist_ok=True)
     before, planned = earlier(folder)
+    hashes = {path: sha256(path) for path in chosen}
+    _check_same_set(before, set(hashes.values()), config)
     own = {path.name for path in folder.glob("*.png")} - {image.file for image in before}
     names = _stable_names(source, chosen, folder, planned)
     # From the first image on the folder and its names are known to be dbkit's own, also after a kill.
     planned |= {_name(source, path): name for path, name in names.items()}
-    write_report(DatasetReport(folder, before, {}), config.resolution, planned)
+    write_report(DatasetReport(folder, before, {}), config.resolution, planned, config.source.absolute())
     taken, kept = own | set(names.values()), []
     for path in tqdm(chosen, "preparing", file=sys.stdout, mininterval=1, leave=False):
         name, image = _name(source, path), read_image(path)
@@ -135,10 +153,43 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
                 sha256="",
                 caption_before=_part_caption(part, captions[name], config),
                 part=part,
+                source_sha256=hashes[path],
+                faceless=_wants_faces(config) and largest_face(image) is None,
             )
             kept.append(_write(folder, made, picture, [old for old in before if old.file == file]))
     _remove_stale(folder, before, kept)
     return kept
+
+
+def _check_same_set(before: list[Kept], hashes: set[str], config: PrepareConfig) -> None:
+    """Raise DbkitError where the destination is of other photographs: their captions would go to these by name."""
+    known = {image.source_sha256 for image in before}
+    source = prepared_from(config.destination)
+    if before and source and source != str(config.source.absolute()) and not known & hashes:
+        raise DbkitError(
+            f"{config.destination} holds images prepared from {source}, and none of them is in {config.source}; choose "
+            "a new folder as destination"
+        )
+
+
+def _wants_faces(config: PrepareConfig) -> bool:
+    return config.framing == "face" or config.head_crops or bool(config.background_caption)
+
+
+def _faceless(kept: list[Kept], config: PrepareConfig) -> list[Finding]:
+    """Says in which images no face was found, if faces were asked for."""
+    names = [image.source for image in kept if image.faceless and image.part == "whole"]
+    if not names:
+        return []
+    instead = "and cut around the centre" if config.framing == "face" else "and has no extra squares"
+    return [
+        Finding(
+            "framing",
+            name,
+            f"{name} shows no face that OpenCV finds, {instead}; only faces from the front are found",
+        )
+        for name in names
+    ]
 
 
 def _part_name(whole: str, part: str, taken: set[str]) -> str:

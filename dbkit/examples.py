@@ -168,7 +168,22 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     sizes = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
     kept = sum(example.kept for example in examples) / len(examples)
     lines.append(f"trained as {sizes}; the crops keep {kept:.0%} of the pictures")
+    lines += _versions(examples)
     # A tenth more is not seen.
     if small := [example.path.name for example in examples if example.scale > 1.1]:
         lines.append(f"{len(small)} images are enlarged to that and look soft: {_some(small)}")
+    return lines
+
+
+def _versions(examples: list[Example]) -> list[str]:
+    """What augmentation and tags make of the examples, in sentences."""
+    lines = []
+    views, prompts = (sum(len(getattr(example, name)) for example in examples) for name in ("views", "prompts"))
+    if views > len(examples):
+        lines.append(f"augmentation makes {views} versions of {len(examples)} images")
+        still = [e.path.name for e in examples if not any(view.flip for view in e.views)]
+        if still and len(still) < len(examples):
+            lines.append(f"{len(still)} images are not mirrored, since their prompts say left or right: {_some(still)}")
+    if prompts > len(examples):
+        lines.append(f"tags in changing order or number make {prompts} versions of {len(examples)} captions")
     return lines

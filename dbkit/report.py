@@ -9,6 +9,7 @@ import io
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -43,6 +44,10 @@ class Kept:
     # The caption as it came; where the one beside the image differs, someone edited it.
     caption_before: str | None = None
     part: Literal["whole", "head", "background"] = "whole"
+    # That of the photograph, by which another set of photographs of the same names is known.
+    source_sha256: str = ""
+    # Whether a face was looked for in vain.
+    faceless: bool = False
     # Changed by hand since dbkit wrote it, and so left as it is; sha256 is still that of what dbkit wrote.
     retouched: bool = False
 
@@ -73,7 +78,7 @@ class DatasetReport:
         return self.folder / CONTACT_SHEET
 
     def __str__(self) -> str:
-        lines = [self._head(), *(f"  {finding.says}" for finding in self.findings)]
+        lines = [self._head(), *(f"  {sentence}" for sentence in self._sentences())]
         lines += [f"  {image.source}: {note}" for image in self.kept if (note := _note(image))]
         lines += [f"  left out: {name}: {why}" for name, why in self.left_out.items()]
         lines += [f"  refused: {reason}" for reason in self.refused.values()]
@@ -82,12 +87,24 @@ class DatasetReport:
             lines.append(f"look at it: {self.contact_sheet}")
         return "\n".join(lines)
 
+    def _sentences(self, most: int = 3) -> Iterator[str]:
+        """What was found; of many findings of one kind the first ones, and how many more there are."""
+        told: Counter = Counter()
+        of_kind = Counter(finding.check for finding in self.findings)
+        for finding in self.findings:
+            told[finding.check] += 1
+            more = of_kind[finding.check] - most
+            if told[finding.check] <= most or more < 2:
+                yield finding.says
+            elif told[finding.check] == of_kind[finding.check]:
+                yield f"{more} more of this kind ({finding.check}); {REPORT} has them all"
+
     def _head(self) -> str:
         counts = [f"{len(self.kept)} images", f"{self.captions} captions", f"{len(self.refused)} refused"]
         if self.left_out:
             counts.append(f"{len(self.left_out)} left out")
         if self.findings:
-            counts.append(f"{len(self.findings)} to look at")
+            counts.append(f"{len(self.findings)} findings")
         return f"{', '.join(counts)}: {self.folder}"
 
     def _repr_html_(self) -> str:
@@ -122,7 +139,7 @@ def _note(image: Kept) -> str:
         return "changed by you in the prepared folder, and left as it is; delete it there to have it made anew"
     if image.kept >= 0.995:
         return ""
-    return f"{image.width} x {image.height}, the crop keeps {image.kept:.0%}"
+    return f"{image.width} x {image.height}, of which {image.kept:.0%} is trained"
 
 
 def _thumbnail(path: Path, side: int) -> Image.Image:
@@ -175,9 +192,12 @@ def _fitting(text: str, font, width: int) -> str:
     return text
 
 
-def write_report(report: DatasetReport, resolution: int, planned: dict[str, str] | None = None) -> None:
+def write_report(
+    report: DatasetReport, resolution: int, planned: dict[str, str] | None = None, source: Path | None = None
+) -> None:
     """Write report.json. planned are the names that a run which is not finished has given to photographs."""
     facts = {
+        "source": str(source) if source else None,
         "resolution": resolution,
         "images": [asdict(image) for image in report.kept],
         "refused": report.refused,
@@ -189,6 +209,14 @@ def write_report(report: DatasetReport, resolution: int, planned: dict[str, str]
     write_text(report.folder / REPORT, json.dumps(facts, indent=1, ensure_ascii=False))
     if planned is None:
         (report.folder / JOURNAL).unlink(missing_ok=True)
+
+
+def prepared_from(folder: Path) -> str | None:
+    """The folder or zip that a prepared folder was made from, by its report."""
+    try:
+        return json.loads((folder / REPORT).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def note_written(folder: Path, image: Kept) -> None:

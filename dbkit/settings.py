@@ -134,11 +134,13 @@ def coerce(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         items = value if isinstance(value, (list, tuple)) else [value]
         inner = typing.get_args(kind)[0]
+        # Numbers and choices may also stand in one text, as in 3, 7.5; prompts may not: they have commas of their own.
         if inner is float:
-            # Numbers may also stand in one text, as in 3, 7.5; prompts may not, since they have commas of their own.
             items = [
                 part for item in items for part in (item.replace(",", " ").split() if isinstance(item, str) else [item])
             ]
+        elif typing.get_origin(inner) is Literal:
+            items = [part.strip() for item in items for part in str(item).split(",") if part.strip()]
         return tuple(coerce(item, inner) for item in items)
     if typing.get_origin(kind) is Literal:
         return _coerce_choice(value, typing.get_args(kind))

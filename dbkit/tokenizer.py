@@ -22,10 +22,12 @@ _CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 
 def load_tokenizer(name: str | None) -> CLIPTokenizer:
     """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1."""
-    with loading(f"tokenizer {name or CLIP_TOKENIZER}"):
-        if name:
+    if name:
+        with loading(f"tokenizer {name}"):
             return clip_tokenizer(name)
-        return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION)
+    options = hub_options(CLIP_TOKENIZER, "tokenizer_config.json", _CLIP_REVISION)
+    with loading(f"tokenizer {CLIP_TOKENIZER}"):
+        return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION, **options)
 
 
 def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:

@@ -118,7 +118,8 @@ def _train(config: TrainConfig, run: Path) -> Path:
         raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
-    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {plan.previews[0]}")
+    firsts = [next(e.prompt for e in plan.instance if e.concept == number) for number in range(len(plan.concepts))]
+    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(firsts)}")
     return model
 
 

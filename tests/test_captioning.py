@@ -466,7 +466,7 @@ def test_the_record_says_what_wrote_a_text(settings, folder):
 
 def test_without_onnxruntime_the_tagger_says_what_to_install(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(DbkitError, match=r'needs onnxruntime, .*; pip install "dbkit\[caption\]", or pip install onnx'):
+    with pytest.raises(DbkitError, match=r"needs onnxruntime, .*; pip install onnxruntime$"):
         caption_dataset(**settings)
 
 

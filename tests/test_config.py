@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dbkit import DbkitError, PreviewConfig, TrainConfig
+from dbkit import DbkitError, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.cli import main
 from dbkit.config import COMMANDS
 from dbkit.settings import coerce, field_type, plain, to_yaml
@@ -242,3 +242,10 @@ def test_the_page_of_settings_is_up_to_date():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == module.settings_page(), "run: make docs"
+
+
+def test_choices_may_stand_in_one_text():
+    config = PrepareConfig("in", "out", leave_out="blurred, near-duplicate")
+    assert config.leave_out == PrepareConfig("in", "out", leave_out=["blurred", "near-duplicate"]).leave_out
+    with pytest.raises(DbkitError, match=r"leave_out is 'blured'; choose one of .*; did you mean 'blurred'"):
+        PrepareConfig("in", "out", leave_out="blured,text")

@@ -93,10 +93,10 @@ def test_the_report_says_what_was_kept_and_cropped_and_refused(photos, tmp_path)
     report = prepare(photos, tmp_path / "out")
     lines = str(report).splitlines()
     assert lines[0].startswith("4 images, 3 captions, 1 refused, ")
-    assert lines[0].endswith(f" to look at: {tmp_path / 'out'}")
-    assert "  wide.png: 100 x 20, the crop keeps 20%" in lines
+    assert lines[0].endswith(f" findings: {tmp_path / 'out'}")
+    assert "  wide.png: 100 x 20, of which 20% is trained" in lines
     assert any(line.startswith("  wide.png has 100 x 20 pixels and is enlarged 1.6 times to 32") for line in lines)
-    assert "  teal.png: 96 x 80, the crop keeps 83%" in lines
+    assert "  teal.png: 96 x 80, of which 83% is trained" in lines
     assert sum(line.startswith("  refused: broken.png cannot be read as an image") for line in lines) == 1
     facts = json.loads((tmp_path / "out" / REPORT).read_text(encoding="utf-8"))
     assert {image["source"] for image in facts["images"]} == {"crimson.png", "gold.png", "teal.png", "wide.png"}
@@ -379,6 +379,33 @@ def test_without_a_crop_whole_images_are_kept_no_larger_than_buckets_need(tmp_pa
     assert sizes == {"large.png": (128, 64), "small.png": (40, 60)}
 
 
+def test_other_photographs_do_not_take_the_captions_of_those_prepared_before(photos, tmp_path):
+    prepare(photos, tmp_path / "out")
+    (tmp_path / "out" / "teal.txt").write_text("edited here")
+    picture(tmp_path / "others" / "teal.png", "navy")
+    with pytest.raises(DbkitError, match=r"out holds images prepared from .*photos, and none of them is in .*others; "):
+        prepare(tmp_path / "others", tmp_path / "out")
+    assert colour_of(tmp_path / "out" / "teal.png") == (255, 255, 255)
+    # The same photographs in another place are the same set.
+    shutil.copytree(photos, tmp_path / "moved")
+    captions = {image.file: image.caption for image in prepare(tmp_path / "moved", tmp_path / "out").kept}
+    assert captions["teal.png"] == "edited here"
+
+
+def test_where_no_face_is_found_that_is_said(photos, tmp_path):
+    report = prepare(photos, tmp_path / "out", framing="face")
+    said = [finding.image for finding in report.findings if finding.check == "framing"]
+    assert said == ["crimson.png", "gold.png", "teal.png"]
+
+
+def test_what_is_said_of_the_set_is_about_what_is_left_of_it(photos, tmp_path):
+    (photos / "gold.txt").unlink()
+    report = prepare(photos, tmp_path / "out", leave_out="caption", method="native")
+    assert list(report.left_out) == ["gold.png"] and len(report.kept) == 2
+    assert not any("gold.png" in finding.says for finding in report.findings)
+    assert any(finding.check == "too few" and finding.says.startswith("2 images") for finding in report.findings)
+
+
 def test_doubtful_images_are_left_out_only_if_asked(photos, tmp_path):
     shutil.copy(photos / "teal.png", photos / "teal again.png")
     assert len(prepare(photos, tmp_path / "all").kept) == 4
@@ -469,7 +496,9 @@ def test_a_zip_gives_the_same_images_as_its_folder(photos, tmp_path):
     before = archive.read_bytes()
     prepare(photos, tmp_path / "from folder")
     prepare(archive, tmp_path / "from zip")
-    assert hashes(tmp_path / "from zip") == hashes(tmp_path / "from folder")
+    made, expected = (hashes(tmp_path / name) for name in ("from zip", "from folder"))
+    assert made.pop(REPORT) != expected.pop(REPORT)  # it says where they came from
+    assert made == expected
     assert archive.read_bytes() == before
 
 

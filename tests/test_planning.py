@@ -118,6 +118,15 @@ def test_augmentation_and_tags_make_versions_of_instance_images_only(settings, p
     assert {len(example.views) for example in made.class_set} == {1}
 
 
+def test_what_augmentation_and_tags_make_is_said(settings, photos, capsys):
+    (photos / "teal.txt").write_text("zwx, looking left, b, c, d")
+    plan(settings, hflip=True, use_txt_as_label=True, instance_prompt=None, shuffle_tags=True)
+    said = capsys.readouterr().out
+    assert "augmentation makes 5 versions of 3 images" in said
+    assert "1 images are not mirrored, since their prompts say left or right: teal.png" in said
+    assert "tags in changing order or number make " in said
+
+
 def test_weights_that_would_make_an_epoch_endless_are_refused(settings, photos, tmp_path):
     draw_photo(tmp_path / "one" / "a.png")
     concepts = [

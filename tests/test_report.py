@@ -30,13 +30,13 @@ def report(tmp_path):
 
 def test_in_words_everything_is_said_once(report):
     lines = str(report).splitlines()
-    assert lines[0] == f"3 images, 3 captions, 1 refused, 1 left out, 2 to look at: {report.folder}"
+    assert lines[0] == f"3 images, 3 captions, 1 refused, 1 left out, 2 findings: {report.folder}"
     assert lines[1:] == [
         "  red.jpg is blurred; take a sharper one",
         "  3 images are few; add some",
-        "  red.jpg: 400 x 300, the crop keeps 75%",
-        "  green.jpg: 400 x 300, the crop keeps 75%",
-        "  blue.jpg: 400 x 300, the crop keeps 75%",
+        "  red.jpg: 400 x 300, of which 75% is trained",
+        "  green.jpg: 400 x 300, of which 75% is trained",
+        "  blue.jpg: 400 x 300, of which 75% is trained",
         "  left out: y.jpg: y.jpg is dark",
         "  refused: x.jpg cannot be read",
         "  ignored: z: no",
@@ -100,3 +100,14 @@ def test_thousands_of_images_fit_on_one_contact_sheet(report):
     many = dataclasses.replace(report, kept=report.kept * 1000)
     with Image.open(write_contact_sheet(many)) as sheet:
         assert max(sheet.size) < 20_000
+
+
+def test_of_many_findings_of_one_kind_three_are_printed_and_the_rest_counted(report):
+    findings = [Finding("caption", f"{n}.jpg", f"{n}.jpg has no caption") for n in range(10)]
+    lines = str(dataclasses.replace(report, findings=findings)).splitlines()
+    assert lines[1:5] == [
+        "  0.jpg has no caption",
+        "  1.jpg has no caption",
+        "  2.jpg has no caption",
+        "  7 more of this kind (caption); report.json has them all",
+    ]
