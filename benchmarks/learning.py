@@ -44,12 +44,14 @@ COMMON = {
 MEASURED = {"sample_batch_size": 16, "device": "cpu"}
 
 
-def learn_subject(subject: str, seed: int, prior: bool, folder: Path, num_per_prompt: int = 4, **changes) -> Evaluation:
+def learn_subject(
+    subject: str, seed: int, prior: bool, folder: Path, num_per_prompt: int = 4, identifier: str = "zwx", **changes
+) -> Evaluation:
     settings = {
         "pretrained_model_name_or_path": embedded.NAME,
         "instance_data_dir": embedded.data_templates() / subject,
-        "instance_prompt": f"photo of zwx {CLASSES[subject]}",
-        "output_dir": folder / f"{subject}-{seed}-{prior}-{_name(changes)}",
+        "instance_prompt": f"photo of {identifier} {CLASSES[subject]}",
+        "output_dir": folder / f"{subject}-{identifier}-{seed}-{prior}-{_name(changes)}",
     }
     training = dict(embedded.TRAINING)
     class_prompt = f"photo of a {CLASSES[subject]}"
@@ -97,12 +99,16 @@ def _cell(values: list[float | None]) -> str:
     return "" if values[0] is None else f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def _run(job: tuple[str, int, bool], folder: Path, changes: dict) -> tuple[str, Evaluation]:
-    subject, seed, prior = job
+def _run(job: tuple, folder: Path, changes: dict) -> tuple[str, Evaluation]:
+    subject, seed, prior, *identifier = job
     torch.set_num_threads(1)  # so small a model is fastest on one
     with contextlib.redirect_stdout(io.StringIO()):
         if subject == "print":
             return "print, native training", learn_style(seed, folder, **changes)
+        if identifier:
+            return f"{subject} as {identifier[0]}", learn_subject(
+                subject, seed, prior, folder, identifier=identifier[0], **changes
+            )
         name = f"{subject}, {'with' if prior else 'without'} prior preservation"
         return name, learn_subject(subject, seed, prior, folder, **changes)
 
@@ -111,6 +117,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--subjects", default="poodle,clownfish,print")
+    parser.add_argument(
+        "--identifiers",
+        help="measure instead how well the first subject is learnt under each of these words, separated by commas",
+    )
     parser.add_argument("--steps", type=int, default=embedded.TRAINING["max_train_steps"])
     parser.add_argument("--learning_rate", type=float, default=embedded.TRAINING["learning_rate"])
     parser.add_argument("--folder", type=Path, help="keep the runs and grids here; a run that is there is not repeated")
@@ -125,10 +135,13 @@ def main() -> None:
         for prior in ((False,) if subject == "print" else (True, False))
         for seed in range(args.seeds)
     ]
+    if args.identifiers:
+        jobs = [(args.subjects.split(",")[0], seed, True) for seed in range(args.seeds)]
+        jobs = [(*job, word) for word in args.identifiers.split(",") for job in jobs]
     results: dict[str, list[Evaluation]] = {}
     # Fresh processes: a forked one may inherit torch's threads in a state that hangs.
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("spawn")) as pool:
-        for (_, seed, _), (name, made) in zip(
+        for (_, seed, *_), (name, made) in zip(
             jobs, pool.map(functools.partial(_run, folder=folder, changes=changes), jobs)
         ):
             results.setdefault(name, []).append(made)
