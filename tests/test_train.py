@@ -653,7 +653,7 @@ def nothing(folder):
             remove_caption,
             r"1 of 3 images in .* have no caption \(gold\.png\)",
         ),
-        ({"resolution": 60}, nothing, "resolution is 60; this model's VAE needs a multiple of 8"),
+        ({"resolution": 60}, nothing, "resolution is 60; this model's pictures need a multiple of 8"),
         ({"test_prompts_file": "nowhere.txt"}, nothing, r"there is no prompts file nowhere\.txt"),
         (
             {"lr_scheduler": "cosine", "lr_warmup_steps": 2},
