@@ -195,6 +195,6 @@ def test_more_own_images_than_asked_for_are_all_kept(class_config, tmp_path):
 
 
 def test_a_resolution_that_the_model_cannot_make_is_refused_before_anything_is_written(class_config, workspace_folder):
-    with pytest.raises(DbkitError, match="resolution is 60; this model's VAE needs a multiple of 8"):
+    with pytest.raises(DbkitError, match="resolution is 60; this model's pictures need a multiple of 8"):
         generate_class_images(class_config, resolution=60)
     assert not (workspace_folder / "class_images").exists()

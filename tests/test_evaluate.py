@@ -130,7 +130,7 @@ def test_wrong_settings_are_refused_before_a_network_is_loaded(tmp_path, model):
         (tmp_path / "folder.png").mkdir(exist_ok=True)
         with pytest.raises(DbkitError, match=r"^output is .*; give the grid the name of a file that ends in .png$"):
             evaluate(model, **given, output=tmp_path / name)
-    with pytest.raises(DbkitError, match=r"^resolution is 33; this model's VAE needs a multiple of 8"):
+    with pytest.raises(DbkitError, match=r"^resolution is 33; this model's pictures need a multiple of 8"):
         evaluate(model, **given, resolution=33)
     with pytest.raises(DbkitError, match=r"^mixed_precision is fp16, which needs a GPU"):
         evaluate(model, **given, mixed_precision="fp16", device="cpu")
