@@ -180,9 +180,15 @@ def _weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer_name: str | None = None) -> Models:
+def load_models(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    tokenizer_name: str | None = None,
+    vae_name: str | None = None,
+) -> Models:
     """Load the parts in fp32 on the CPU. The U-Net and the text encoder are in training mode off.
 
+    tokenizer_name and vae_name are folders or Hugging Face ids of others, in place of the model's own.
     Raises DbkitError when a part is missing, damaged or cannot be downloaded.
     """
     with quiet():
@@ -200,10 +206,11 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
         else:
             tokenizer = clip_tokenizer(name_or_path, subfolder="tokenizer", **options)
         text_encoder = _whole(CLIPTextModel, name_or_path, "text_encoder", **options, **variant)
-        vae = _whole(AutoencoderKL, name_or_path, "vae", **options, **variant)
+        vae = None if vae_name else _whole(AutoencoderKL, name_or_path, "vae", **options, **variant)
         unet = _whole(UNet2DConditionModel, name_or_path, "unet", **options, **variant)
         scheduler_config = DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **options)
         noise_scheduler = DDPMScheduler.from_config(scheduler_config)
+    vae = vae or _load_vae(vae_name)
     models = Models(tokenizer, text_encoder, vae, unet, noise_scheduler, dict(scheduler_config))
     for module in (text_encoder, vae, unet):
         module.float().eval().requires_grad_(False)
@@ -211,13 +218,26 @@ def load_models(name_or_path: str | Path, revision: str | None = None, tokenizer
     return models
 
 
-def _whole(cls: type, name: str | Path, part: str, **options: Any) -> torch.nn.Module:
+def _load_vae(name: str) -> AutoencoderKL:
+    """A VAE from a folder of its own, from a model folder, or by its Hugging Face id."""
+    from diffusers import AutoencoderKL
+
+    folder = local_folder(name)
+    here = folder / "vae" if (folder / "vae").is_dir() else folder
+    if folder.is_dir() and not (here / "config.json").is_file():
+        raise DbkitError(f"pretrained_vae_name_or_path {name} has no VAE in it; give a folder with its config.json")
+    options = {} if folder.is_dir() else hub_options(name, "config.json")
+    with loading(name):
+        return _whole(AutoencoderKL, here if folder.is_dir() else name, None, **options)
+
+
+def _whole(cls: type, name: str | Path, part: str | None, **options: Any) -> torch.nn.Module:
     """A part whose weights are all there: the libraries fill gaps with random numbers and only warn."""
     module, found = cls.from_pretrained(name, subfolder=part, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         names = sorted(str(key) for key in found.get(kind, ()) if not str(key).endswith("position_ids"))
         if names:
-            raise OSError(f"its {part} has {kind.replace('_keys', '')} weights: {', '.join(names[:5])}")
+            raise OSError(f"its {part or 'VAE'} has {kind.replace('_keys', '')} weights: {', '.join(names[:5])}")
     return module
 
 

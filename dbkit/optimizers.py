@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
@@ -36,10 +36,19 @@ def probe_8bit_adam(device: torch.device) -> None:
 
 
 def make_optimizer(
-    config: TrainConfig, parameters: list[torch.nn.Parameter], device: torch.device
+    config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device
 ) -> torch.optim.Optimizer:
-    """AdamW over fp32 parameters; fused where torch has it, with its moments in 8 bit if asked for."""
+    """AdamW over fp32 parameters; fused where torch has it, with its moments in 8 bit if asked for.
+
+    Each part has a group of its own, whose `factor` is its learning rate's part of the run's.
+    """
     import torch
+
+    rates = {"text_encoder": config.text_encoder_learning_rate or config.learning_rate}
+    parameters = [
+        {"params": list(module.parameters()), "factor": rates.get(part, config.learning_rate) / config.learning_rate}
+        for part, module in trained.items()
+    ]
 
     options = {
         "lr": config.learning_rate,
@@ -52,6 +61,14 @@ def make_optimizer(
 
         return bitsandbytes.optim.AdamW8bit(parameters, **options)
     return torch.optim.AdamW(parameters, fused=device.type in ("cuda", "cpu"), **options)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a saved state in; the factors stay those of the settings, which may have changed since."""
+    factors = [group["factor"] for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, factor in zip(optimizer.param_groups, factors):
+        group["factor"] = factor
 
 
 def make_scaler(device: torch.device, dtype: torch.dtype) -> torch.amp.GradScaler:

@@ -25,6 +25,7 @@ from dbkit.models import (
 )
 from dbkit.optimizers import (
     learning_rates,
+    load_optimizer,
     make_optimizer,
     make_scaler,
     out_of_memory_is_a_sentence,
@@ -68,7 +69,12 @@ def _train(config: TrainConfig, run: Path) -> Path:
     replace(config, start_over=False).save(run / "settings.yaml")
 
     # 2. Model: what is trained is fp32, for the optimizer needs it; the rest is frozen.
-    models = load_models(config.pretrained_model_name_or_path, config.revision, config.tokenizer_name)
+    models = load_models(
+        config.pretrained_model_name_or_path,
+        config.revision,
+        config.tokenizer_name,
+        config.pretrained_vae_name_or_path,
+    )
     check_resolution(config.resolution, models.facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
     if config.rescale_zero_terminal_snr:
@@ -76,12 +82,12 @@ def _train(config: TrainConfig, run: Path) -> Path:
     trained = _trained_parts(config, models, device)
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
     _require_run_space(run, config, models, parameters)
-    optimizer = make_optimizer(config, parameters, device)
+    optimizer = make_optimizer(config, trained, device)
     scaler = make_scaler(device, dtype)
     learning_rate = learning_rates(config, total)
     if plan.saved:
         states = load_state(plan.saved, trained)
-        optimizer.load_state_dict(states["optimizer"])
+        load_optimizer(optimizer, states["optimizer"])
         if states["scaler"]:  # empty when the session before did not run in fp16
             scaler.load_state_dict(states["scaler"])
         del states  # as large as the model three times over
@@ -164,7 +170,7 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["factor"]
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -261,6 +267,8 @@ def _commit(
     if find_fault(state, step=step):
         commit(state, step, lambda folder: save_state(folder, trained, others), identity)
     rotate(run / "resume", step, keep=1)
+    if not finished and step < config.save_min_steps:
+        return state
     target = run / "model" if finished else step_folder(run / "checkpoints", step)
     commit(target, step, lambda folder: save_models(models, folder, config.save_precision), identity)
     if (run / "checkpoints").exists():

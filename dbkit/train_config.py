@@ -197,6 +197,13 @@ class TrainConfig(Settings):
     train_text_encoder: bool = setting(
         False, "also train the text encoder: better likeness, more memory, easier to overdo", fixed=True
     )
+    text_encoder_learning_rate: float | None = setting(
+        None,
+        "peak learning rate of the text encoder, which is overdone sooner; empty: learning_rate",
+        above=0,
+        max=1,
+        advanced=True,
+    )
     num_train_epochs: int = setting(
         100,
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
@@ -298,6 +305,12 @@ class TrainConfig(Settings):
         "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: only at the end and when interrupted",
         min=1,
     )
+    save_min_steps: int = setting(
+        0,
+        "no checkpoint of usable weights before this step; the state to resume from is saved all the same",
+        min=0,
+        advanced=True,
+    )
     checkpoints_total_limit: int = setting(
         3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
     )
@@ -327,6 +340,12 @@ class TrainConfig(Settings):
         advanced=True,
     )
     sample_batch_size: int = setting(4, "class images and previews generated at once", min=1, max=256, advanced=True)
+    pretrained_vae_name_or_path: str | None = setting(
+        None,
+        "another VAE, folder or Hugging Face id, in place of the base model's; it is saved with the model",
+        advanced=True,
+        fixed=True,
+    )
     log_interval: int = setting(
         10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
     )
@@ -363,6 +382,8 @@ class TrainConfig(Settings):
         return mistakes
 
     def _data_mistakes(self) -> list[str]:
+        if self.text_encoder_learning_rate and not self.train_text_encoder:
+            return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
         if not self.use_aspect_ratio_bucket:
             limits = ("bucket_max_area", "bucket_step", "bucket_min_side", "bucket_max_side")
             if given := [name for name in limits if getattr(self, name)]:

@@ -10,11 +10,13 @@ import torch
 from dbkit import DbkitError, TrainConfig
 from dbkit.optimizers import (
     learning_rates,
+    load_optimizer,
     make_optimizer,
     make_scaler,
     out_of_memory_is_a_sentence,
     probe_8bit_adam,
 )
+from dbkit.settings import replace
 
 CPU = torch.device("cpu")
 
@@ -59,7 +61,7 @@ def test_scale_lr_multiplies_by_the_images_of_a_step():
 def test_optimizer_takes_its_settings():
     parameter = torch.nn.Parameter(torch.ones(3))
     config = make_config(learning_rate=0.5, adam_beta1=0.7, adam_beta2=0.8, adam_weight_decay=0.25, adam_epsilon=1e-3)
-    optimizer = make_optimizer(config, [parameter], CPU)
+    optimizer = make_optimizer(config, {"unet": torch.nn.ParameterList([parameter])}, CPU)
     assert type(optimizer) is torch.optim.AdamW
     group = optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"], group["eps"]) == (0.5, (0.7, 0.8), 0.25, 1e-3)
@@ -68,7 +70,7 @@ def test_optimizer_takes_its_settings():
 def test_optimizer_step_equals_adamw_written_out():
     config = make_config(learning_rate=0.1, adam_beta1=0.7, adam_beta2=0.8, adam_weight_decay=0.25, adam_epsilon=1e-3)
     parameter = torch.nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
-    optimizer = make_optimizer(config, [parameter], CPU)
+    optimizer = make_optimizer(config, {"unet": torch.nn.ParameterList([parameter])}, CPU)
     expected, first, second = parameter.tolist(), [0.0] * 3, [0.0] * 3
     for step in range(1, 4):
         parameter.grad = torch.tensor([0.3, -2.0, 0.01]) * step
@@ -79,6 +81,18 @@ def test_optimizer_step_equals_adamw_written_out():
             expected[n] = expected[n] * (1 - 0.1 * 0.25) - 0.1 * moment
         optimizer.step()
         assert parameter.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_text_encoder_has_its_own_part_of_the_learning_rate_also_after_a_resume():
+    parts = {name: torch.nn.Linear(2, 2) for name in ("unet", "text_encoder")}
+    config = make_config(train_text_encoder=True, learning_rate=1e-4, text_encoder_learning_rate=2e-5)
+    optimizer = make_optimizer(config, parts, CPU)
+    assert [group["factor"] for group in optimizer.param_groups] == pytest.approx([1.0, 0.2])
+    lower = make_optimizer(replace(config, text_encoder_learning_rate=1e-5), parts, CPU)
+    load_optimizer(lower, optimizer.state_dict())
+    assert [group["factor"] for group in lower.param_groups] == pytest.approx([1.0, 0.1])
+    both = make_optimizer(replace(config, text_encoder_learning_rate=None), parts, CPU)
+    assert [group["factor"] for group in both.param_groups] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("dtype", "enabled"), [(torch.float16, True), (torch.bfloat16, False), (torch.float32, False)])
@@ -93,7 +107,7 @@ def test_8bit_adam_keeps_its_moments_in_8_bit():
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     probe_8bit_adam(CPU)
     parameter = torch.nn.Parameter(torch.ones(64, 128))
-    optimizer = make_optimizer(make_config(use_8bit_adam=True), [parameter], CPU)
+    optimizer = make_optimizer(make_config(use_8bit_adam=True), {"unet": torch.nn.ParameterList([parameter])}, CPU)
     assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit)
     parameter.square().sum().backward()
     optimizer.step()

@@ -766,6 +766,43 @@ def test_epochs_give_the_steps_when_no_total_is_set(settings, capsys):
     assert [line["step"] for line in log_of(settings["output_dir"])] == [1, 5]
 
 
+def test_the_text_encoder_learns_at_its_own_rate(settings, tmp_path):
+    moved = {}
+    for name, rate in (("same", None), ("slower", 1e-6)):
+        model = train(
+            **{**settings, "output_dir": tmp_path / name},
+            train_text_encoder=True,
+            text_encoder_learning_rate=rate,
+        )
+        for part in ("unet", "text_encoder"):
+            before = read_weights(Path(settings["pretrained_model_name_or_path"]), part)
+            after = read_weights(model, part)
+            moved[name, part] = max(float((after[key] - before[key]).abs().max()) for key in before)
+    assert moved["slower", "text_encoder"] < 0.05 * moved["same", "text_encoder"]
+    assert moved["slower", "unet"] == pytest.approx(moved["same", "unet"], rel=0.5)
+
+
+def test_another_vae_is_used_and_saved_with_the_model(settings, copied, tmp_path):
+    weights = load_file(copied / "vae" / WEIGHTS["vae"])
+    save_file({name: tensor * 1.5 for name, tensor in weights.items()}, copied / "vae" / WEIGHTS["vae"])
+    own = first_losses(TrainConfig(**settings))
+    for name, folder in (("model", copied), ("vae", copied / "vae")):
+        config = TrainConfig(**{**settings, "output_dir": tmp_path / name, "pretrained_vae_name_or_path": folder})
+        assert first_losses(config) != pytest.approx(own, rel=1e-3)
+        saved = read_weights(tmp_path / name / "model", "vae")
+        assert all(torch.allclose(saved[key], weights[key] * 1.5) for key in weights)
+
+
+def test_a_folder_without_a_vae_is_refused(config, tmp_path):
+    with pytest.raises(DbkitError, match=r"pretrained_vae_name_or_path .* has no VAE in it; give a folder"):
+        train(config, pretrained_vae_name_or_path=str(tmp_path))
+
+
+def test_no_usable_weights_are_saved_before_save_min_steps(config):
+    train(config, max_train_steps=6, save_model_every_n_steps=2, save_min_steps=3)
+    assert [path.name for path in sorted((config.output_dir / "checkpoints").iterdir())] == ["step_000004"]
+
+
 def test_prompts_that_the_model_reads_only_in_part_are_said(settings, capsys):
     prompt = "z" * 90
     train(**{**settings, "instance_prompt": prompt, "max_train_steps": 1})
