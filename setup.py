@@ -32,7 +32,7 @@ setup(
         "caption": ["onnxruntime>=1.17"],
         # HEIC photographs; faces (by what OpenCV bundles before version 5); text and watermarks.
         "photos": ["pillow-heif>=0.16", "opencv-python-headless>=4.7", "rapidocr>=3.0", "onnxruntime>=1.17"],
-        "log": ["tensorboard>=2.10"],
+        "log": ["tensorboard>=2.10", "wandb>=0.15"],
         "test": [
             "bitsandbytes>=0.43",
             "ipykernel>=6",
@@ -45,6 +45,8 @@ setup(
             "pytest>=8",
             "rapidocr>=3.0",
             "ruff>=0.6",
+            "tensorboard>=2.10",
+            "wandb>=0.15",
         ],
     },
     entry_points={"console_scripts": ["dbkit=dbkit.cli:main"]},

@@ -16,13 +16,16 @@ from dbkit.files import write_text
 if TYPE_CHECKING:
     import torch
 
+    from dbkit.trackers import Tracker
+
 
 class Log:
     """One line of progress on screen, and one line of log.jsonl every few steps; the losses are only read then."""
 
-    def __init__(self, run: Path, done: int, total: int, interval: int) -> None:
+    def __init__(self, run: Path, done: int, total: int, interval: int, track: Tracker | None = None) -> None:
         from tqdm import tqdm
 
+        self.track = track or (lambda step, values: None)
         self.path, self.total, self.interval = run / "log.jsonl", total, interval
         # Lines after the state that is continued from belong to steps that are taken again.
         kept = [line for line in read_log(self.path) if line["step"] <= done]
@@ -54,11 +57,13 @@ class Log:
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8", newline="\n") as file:
             # A disk too full for a line must not end the training; the next commit says so.
             file.write(json.dumps(line) + "\n")
+        self.track(step, {name: value for name, value in line.items() if name != "step"})
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
 
     def close(self) -> None:
         self.bar.close()
+        self.track(self.total, {})
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

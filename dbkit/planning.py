@@ -22,6 +22,7 @@ from dbkit.optimizers import probe_8bit_adam
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import check_same_run, identity_of, newest_state
+from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
         _check_buckets(config, facts)
     if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
         raise DbkitError(f"output_dir {run} is a folder of pictures and no run; choose another output_dir")
+    require_tracker(config)
     if config.use_8bit_adam:
         probe_8bit_adam(device)
     concepts = concepts_of(config)

@@ -35,6 +35,7 @@ from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.sampling import autocast
 from dbkit.settings import configured_by, replace
+from dbkit.trackers import make_tracker
 from dbkit.train_config import TrainConfig
 from dbkit.workspace import default_folder
 
@@ -102,7 +103,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     if done == 0:
         preview_of(0)
     before = _weight_norms(parameters)
-    log = Log(run, done, total, config.log_interval)
+    log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
     with stop_requests() as stop, out_of_memory_is_a_sentence():
         for step in range(done + 1, total + 1):
             rate = learning_rate(step - 1)
@@ -111,6 +112,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
             if stop.made:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
                 commit_of(step)
+                log.close()
                 raise KeyboardInterrupt(
                     f"stopped after step {step} of {total}; its state is saved, train again to go on"
                 )

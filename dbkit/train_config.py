@@ -355,9 +355,11 @@ class TrainConfig(Settings):
     )
     device: DEVICES = setting("auto", "where to compute: auto takes a GPU if there is one", advanced=True)
     log_with: Literal["none", "tensorboard", "wandb"] = setting(
-        "none", "a tracker beside log.jsonl, which is always written", advanced=True, waits=LATER
+        "none",
+        "a tracker beside log.jsonl, which is always written; wandb obeys WANDB_MODE=offline",
+        advanced=True,
     )
-    logging_dir: Path | None = setting(None, "folder of the tracker's files", advanced=True, waits=LATER)
+    logging_dir: Path | None = setting(None, "folder of the tracker's files; empty: logs in output_dir", advanced=True)
     push_to_hub: bool = setting(False, "upload the finished model to the Hugging Face Hub", advanced=True, waits=LATER)
     hub_token: str | None = setting(None, "token for the upload", advanced=True, waits=LATER, secret=True)
     hub_model_id: str | None = setting(None, "repository of the upload", advanced=True, waits=LATER)
@@ -382,6 +384,8 @@ class TrainConfig(Settings):
         return mistakes
 
     def _data_mistakes(self) -> list[str]:
+        if self.logging_dir and self.log_with == "none":
+            return ["logging_dir has no effect without log_with; choose tensorboard or wandb"]
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
         if not self.use_aspect_ratio_bucket:
