@@ -12,6 +12,8 @@ import contextlib
 import functools
 import io
 import multiprocessing
+import shlex
+import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -148,7 +150,7 @@ def main() -> None:
             print(f"{name}, seed {seed}\n{made}", flush=True)
     said = f"{args.steps} steps, learning rate {args.learning_rate}, {args.seeds} seeds: mean (lowest to highest).\n\n"
     args.output.write_text(
-        "# What training does to tiny-sd\n\nMade by `python benchmarks/learning.py`. " + said + table(results)
+        f"# What training does to tiny-sd\n\nMade by `python {shlex.join(sys.argv)}`. " + said + table(results)
     )
     print(table(results))
 

@@ -206,12 +206,18 @@ OBJECTIVES = {
 }
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+# A model that predicts noise learns nothing where the input is noise alone, so it has no zero terminal SNR.
+CASES = [
+    pytest.param(kind, objective, id=f"{name} by {kind}")
+    for kind in ("model", "v_model")
+    for name, objective in OBJECTIVES.items()
+    if kind == "v_model" or "rescale_zero_terminal_snr" not in objective
+]
+
+
+@pytest.mark.parametrize(("kind", "objective"), CASES)
 @pytest.mark.parametrize("with_prior", [False, True], ids=["alone", "with prior"])
-@pytest.mark.parametrize("kind", ["model", "v_model"], ids=["epsilon", "v_prediction"])
 def test_every_objective_equals_a_slow_reference(request, settings, prior, kind, with_prior, objective):
-    if kind == "model" and "rescale_zero_terminal_snr" in objective:
-        pytest.skip("a model that predicts noise learns nothing where the input is noise alone")
     extra = {**prior, "prior_loss_weight": 0.3} if with_prior else {}
     model = str(request.getfixturevalue(kind))
     config = TrainConfig(
