@@ -56,21 +56,7 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
             hints.append(f"put 5 to 20 photographs there ({', '.join(sorted(SUFFIXES))})")
             raise DbkitError(f"there are no images in {config.source}; {'; '.join(hints)}")
         measures, captions = _look(source, config)
-        look = functools.partial(
-            examine,
-            resolution=config.resolution,
-            method=config.method,
-            cropped=config.framing != "none",
-            count_tokens=count_tokens,
-            class_images=_class_hashes(config.class_data_dir),
-        )
-        left_out: dict[str, str] = {}
-        for finding in look(measures, captions):
-            if finding.image and finding.check in config.leave_out:
-                before = f"{left_out[finding.image]}; " if finding.image in left_out else ""
-                left_out[finding.image] = before + finding.says
-        # What is said of the set is about what is left of it.
-        findings = look({name: seen for name, seen in measures.items() if name not in left_out}, captions)
+        findings, left_out = _judge(measures, captions, count_tokens, config)
         chosen = [path for path in source.images if _name(source, path) in measures.keys() - left_out.keys()]
         if not chosen:
             reasons = [*source.refused.values(), *left_out.values()]
@@ -121,6 +107,30 @@ def _look(source: Source, config: PrepareConfig) -> tuple[dict[str, Measures], d
         captions[name] = caption or default or caption
         measures[name] = measure(image, text=config.look_for_text)
     return measures, captions
+
+
+def _judge(
+    measures: dict[str, Measures],
+    captions: dict[str, str | None],
+    count_tokens: Callable[[str], int] | None,
+    config: PrepareConfig,
+) -> tuple[list[Finding], dict[str, str]]:
+    """The findings on the images that are used, and those that leave_out leaves out, each with why."""
+    look = functools.partial(
+        examine,
+        resolution=config.resolution,
+        method=config.method,
+        cropped=config.framing != "none",
+        count_tokens=count_tokens,
+        class_images=_class_hashes(config.class_data_dir),
+    )
+    left_out: dict[str, str] = {}
+    for finding in look(measures, captions):
+        if finding.image and finding.check in config.leave_out:
+            before = f"{left_out[finding.image]}; " if finding.image in left_out else ""
+            left_out[finding.image] = before + finding.says
+    # What is said of the set is about what is left of it.
+    return look({name: seen for name, seen in measures.items() if name not in left_out}, captions), left_out
 
 
 def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None], config: PrepareConfig) -> list[Kept]:
