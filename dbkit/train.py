@@ -70,16 +70,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     replace(config, start_over=False).save(run / "settings.yaml")
 
     # 2. Model: what is trained is fp32, for the optimizer needs it; the rest is frozen.
-    models = load_models(
-        config.pretrained_model_name_or_path,
-        config.revision,
-        config.tokenizer_name,
-        config.pretrained_vae_name_or_path,
-    )
-    check_resolution(config.resolution, models.facts)
-    check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
-    if config.rescale_zero_terminal_snr:
-        with_zero_terminal_snr(models)
+    models = _load(config)
     trained = _trained_parts(config, models, device)
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
     _require_run_space(run, config, models, parameters)
@@ -177,6 +168,21 @@ def train_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return losses, grad_norm
+
+
+def _load(config: TrainConfig) -> Models:
+    """The five parts, checked against the settings once more: of a Hugging Face model nothing was known before."""
+    models = load_models(
+        config.pretrained_model_name_or_path,
+        config.revision,
+        config.tokenizer_name,
+        config.pretrained_vae_name_or_path,
+    )
+    check_resolution(config.resolution, models.facts)
+    check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
+    if config.rescale_zero_terminal_snr:
+        with_zero_terminal_snr(models)
+    return models
 
 
 def _trained_parts(config: TrainConfig, models: Models, device: torch.device) -> dict[str, torch.nn.Module]:
