@@ -34,8 +34,12 @@ def data_templates() -> Path:
 
 
 def local_folder(name_or_path: str | Path) -> Path:
-    """The folder that a model's name stands for: that of the embedded model for its name, else the path itself."""
-    return MODEL if str(name_or_path) == NAME and not Path(NAME).exists() else Path(name_or_path)
+    """The folder that a model's name stands for: that of the embedded model for its name, else the path itself.
+
+    Whatever lies in the current folder, or a run would go on from another model there; a folder of that name is reached
+    by its full path.
+    """
+    return MODEL if str(name_or_path) == NAME else Path(name_or_path)
 
 
 def is_embedded(name_or_path: str | Path) -> bool:

@@ -243,6 +243,11 @@ class _Dino:
             self.processor = AutoImageProcessor.from_pretrained(name, **self.options)
             # Always fp32: the versions of transformers differ in the type they load, and figures must not.
             self.model = AutoModel.from_pretrained(name, **self.options).float().to(device).eval()
+        self._check(name)
+
+    def _check(self, name: str | Path) -> None:
+        if hasattr(self.model, "text_projection") or not hasattr(self.model, "embeddings"):
+            raise DbkitError(f"dino {name} is not an image encoder of DINO's kind; give one, or leave dino empty")
 
     def __call__(self, pictures: Pictures) -> torch.Tensor:
         return self._unit(pictures, lambda pixels: self.model(pixel_values=pixels).last_hidden_state[:, 0])
@@ -264,10 +269,12 @@ class _Clip(_Dino):
 
     def __init__(self, name: str | Path, device: torch.device):
         super().__init__(name, device)
-        if not hasattr(self.model, "text_projection"):
-            raise DbkitError(f"clip {name} is not a CLIP model; give one, or leave clip empty")
         with loading(name):
             self.tokenizer = clip_tokenizer(name, **self.options)
+
+    def _check(self, name: str | Path) -> None:
+        if not hasattr(self.model, "text_projection"):
+            raise DbkitError(f"clip {name} is not a CLIP model; give one, or leave clip empty")
 
     def __call__(self, pictures: Pictures) -> torch.Tensor:
         # The projections are applied here because what get_image_features() returns differs between versions.

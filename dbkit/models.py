@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
-from dbkit.files import full_disk_is_a_sentence, share, write_text
+from dbkit.files import full_disk_is_a_sentence, sha256, share, write_text
 from dbkit.libraries import hub_options, loading, quiet
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
@@ -218,17 +218,30 @@ def load_models(
     return models
 
 
+def vae_folder(name: str) -> Path | None:
+    """The folder of a VAE, by itself or in a model folder; None for a Hugging Face id. Raises DbkitError otherwise."""
+    folder = local_folder(name)
+    if not folder.is_dir():
+        _require_hub_id(name)
+        return None
+    here = folder / "vae" if (folder / "vae").is_dir() else folder
+    config = here / _CONFIGS["vae"]
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind != "AutoencoderKL" or not _weight_files(here):
+        raise DbkitError(f"pretrained_vae_name_or_path {name} has no VAE in it; give a folder with its config.json")
+    return here
+
+
 def _load_vae(name: str) -> AutoencoderKL:
-    """A VAE from a folder of its own, from a model folder, or by its Hugging Face id."""
     from diffusers import AutoencoderKL
 
-    folder = local_folder(name)
-    here = folder / "vae" if (folder / "vae").is_dir() else folder
-    if folder.is_dir() and not (here / "config.json").is_file():
-        raise DbkitError(f"pretrained_vae_name_or_path {name} has no VAE in it; give a folder with its config.json")
-    options = {} if folder.is_dir() else hub_options(name, "config.json")
+    folder = vae_folder(name)
+    options = {} if folder else hub_options(name, "config.json")
     with loading(name):
-        return _whole(AutoencoderKL, here if folder.is_dir() else name, None, **options)
+        return _whole(AutoencoderKL, folder or name, None, **options)
 
 
 def _whole(cls: type, name: str | Path, part: str | None, **options: Any) -> torch.nn.Module:
@@ -363,6 +376,12 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
                 f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy the model again"
             ) from error
     return weights
+
+
+def vae_fingerprint(name: str | None) -> str | None:
+    """What tells one VAE from another: for a folder a hash of its weights, else its id."""
+    folder = vae_folder(name) if name else None
+    return "".join(sha256(path) for path in _weight_files(folder)) if folder else name
 
 
 def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:

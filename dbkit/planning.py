@@ -17,7 +17,7 @@ from dbkit.errors import DbkitError
 from dbkit.examples import Example, class_examples, describe, instance_examples, require_apart
 from dbkit.files import move_aside
 from dbkit.images import list_images
-from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts
+from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
 from dbkit.optimizers import probe_8bit_adam
 from dbkit.order import Order
 from dbkit.preview import read_prompts
@@ -53,7 +53,9 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
         _check_buckets(config, facts)
     if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
         raise DbkitError(f"output_dir {run} is a folder of pictures and no run; choose another output_dir")
-    require_tracker(config)
+    require_tracker(config, run)
+    if config.pretrained_vae_name_or_path:
+        vae_folder(config.pretrained_vae_name_or_path)
     if config.use_8bit_adam:
         probe_8bit_adam(device)
     concepts = concepts_of(config)

@@ -23,6 +23,7 @@ def identity_of(
     return {
         "settings": {name: value for name, value in plain(config).items() if name in fixed},
         "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
+        "pretrained_vae_name_or_path": models.vae_fingerprint(config.pretrained_vae_name_or_path),
         "instance images or captions": fingerprint(instance),
         "class images": fingerprint(class_set),
         "weights of the concepts": list(weights),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -17,16 +18,27 @@ Tracker = Callable[[int, dict[str, float | None]], None]
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 
-def require_tracker(config: TrainConfig) -> None:
-    """Raise DbkitError where the tracker that is asked for is not installed."""
+def require_tracker(config: TrainConfig, run: Path) -> None:
+    """Raise DbkitError where the tracker that is asked for is not installed, or its folder cannot be made."""
     package = _PACKAGES.get(config.log_with)
-    if package and importlib.util.find_spec(package) is None:
+    if package is None:
+        return
+    if importlib.util.find_spec(package) is None:
         raise DbkitError(f"log_with is {config.log_with}, which is not installed; pip install {package}")
+    folder = _folder(config, run)
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DbkitError(f"logging_dir {folder} cannot be made, since {parent} cannot be written to; choose another")
+
+
+def _folder(config: TrainConfig, run: Path) -> Path:
+    """Where the tracker's files go: each run has a folder of its own, since TensorBoard takes a folder for one run."""
+    return (config.logging_dir / run.name if config.logging_dir else run / "logs").absolute()
 
 
 def make_tracker(config: TrainConfig, run: Path, done: int) -> Tracker:
     """The tracker of a run that goes on after `done` steps; one that does nothing where none is asked for."""
-    folder = config.logging_dir or run / "logs"
+    folder = _folder(config, run)
     if config.log_with == "tensorboard":
         return _tensorboard(folder, done)
     if config.log_with == "wandb":
@@ -60,14 +72,20 @@ def _wandb(config: TrainConfig, run: Path, folder: Path) -> Tracker:
     note = run / "wandb_id.txt"
     if not note.is_file():
         write_text(note, secrets.token_hex(4))
-    started = wandb.init(
-        project="dbkit",
-        name=run.name,
-        id=note.read_text(encoding="utf-8").strip(),
-        resume="allow",
-        dir=str(folder),
-        config=plain(config),
-    )
+    try:
+        started = wandb.init(
+            project="dbkit",
+            name=run.name,
+            id=note.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            dir=str(folder),
+            config=plain(config),
+        )
+    except (wandb.errors.Error, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DbkitError(
+            f"wandb cannot start ({reason}); wandb login, or set WANDB_MODE=offline, or leave log_with at none"
+        ) from error
 
     def track(step: int, values: dict[str, float | None]) -> None:
         if values:

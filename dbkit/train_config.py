@@ -344,7 +344,6 @@ class TrainConfig(Settings):
         None,
         "another VAE, folder or Hugging Face id, in place of the base model's; it is saved with the model",
         advanced=True,
-        fixed=True,
     )
     log_interval: int = setting(
         10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
@@ -378,6 +377,8 @@ class TrainConfig(Settings):
         model = Path(self.pretrained_model_name_or_path)
         used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
         used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
+        vae = self.pretrained_vae_name_or_path
+        used |= {"pretrained_vae_name_or_path": Path(vae)} if vae and Path(vae).exists() else {}
         for name, folder in used.items():
             if self.output_dir and folder and folder.resolve().is_relative_to(self.output_dir.resolve()):
                 mistakes.append(f"output_dir {self.output_dir} holds {name} {folder}; choose another output_dir")
@@ -386,6 +387,8 @@ class TrainConfig(Settings):
     def _data_mistakes(self) -> list[str]:
         if self.logging_dir and self.log_with == "none":
             return ["logging_dir has no effect without log_with; choose tensorboard or wandb"]
+        if self.loss_type != "huber" and self.huber_delta != type(self).huber_delta:
+            return ["huber_delta has no effect without loss_type huber; choose that or leave huber_delta out"]
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
         if not self.use_aspect_ratio_bucket:

@@ -29,8 +29,6 @@ WAITING = {
     "push_to_hub": True,
     "hub_token": "hf_hush",
     "hub_model_id": "owner/name",
-    "logging_dir": "logs",
-    "log_with": "wandb",
     "local_rank": 0,
 }
 
@@ -48,6 +46,7 @@ FLAG_VALUES = {
     "adam_beta1": ["0.5"],
     "adam_beta2": ["0.5"],
     "log_with": ["wandb"],
+    "logging_dir": ["logs", "--log_with", "tensorboard"],
     "mixed_precision": ["bf16"],
 }
 

@@ -101,7 +101,8 @@ def test_its_name_stands_for_its_folder_unless_a_folder_has_that_name(tmp_path):
     config = PreviewConfig("tiny-sd", ("photo of a dog",), output="grid.png")
     assert open_workspace().anchor(config).model == Path("tiny-sd")
     (tmp_path / "tiny-sd").mkdir()  # the current folder of a test is its own
-    assert embedded.local_folder("tiny-sd") == Path("tiny-sd")
+    assert embedded.local_folder("tiny-sd") == embedded.MODEL
+    assert embedded.local_folder(tmp_path / "tiny-sd") == tmp_path / "tiny-sd"
 
 
 def test_an_identifier_is_one_token_that_means_nothing_yet():

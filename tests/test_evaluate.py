@@ -152,3 +152,8 @@ def test_a_native_run_is_sampled_with_what_it_was_trained_with(tmp_path):
     captions = _default_prompts(config, {"use_txt_as_label": True}, paths)
     assert len(captions) == 6 and captions[0] == "a photo of a dog on the beach in zwx style"
     assert _default_prompts(config, {"use_filename_as_label": True}, paths)[0] == "01_dog"
+
+
+def test_a_clip_model_in_dinos_place_is_refused_before_anything_is_sampled():
+    with pytest.raises(DbkitError, match=r"^dino .*tiny-clip is not an image encoder of DINO's kind; give"):
+        _Dino(embedded.CLIP, torch.device("cpu"))

@@ -24,7 +24,7 @@ def test_tensorboard_shows_what_the_log_has_and_steps_that_are_taken_again_once(
     folder = tmp_path / "logs"
     train(**{**logged, "max_train_steps": 2}, log_with="tensorboard", logging_dir=folder)
     train(**{**logged, "max_train_steps": 4}, log_with="tensorboard", logging_dir=folder)
-    events = EventAccumulator(str(folder), purge_orphaned_data=True)
+    events = EventAccumulator(str(folder / "run"), purge_orphaned_data=True)
     events.Reload()
     lines = read_log(logged["output_dir"] / "log.jsonl")
     for name in LOGGED:
@@ -61,6 +61,20 @@ def test_a_tracker_that_is_not_installed_is_said_before_anything_is_loaded(confi
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(DbkitError, match=f"log_with is {package}, which is not installed; pip install {package}"):
         train(config, log_with=package)
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(config, tmp_path):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(DbkitError, match=r"logging_dir .*file/run cannot be made, since .*file cannot be written to"):
+        train(config, log_with="tensorboard", logging_dir=tmp_path / "file")
+
+
+def test_wandb_that_cannot_start_is_a_sentence(config, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "of course")
+    with pytest.raises(DbkitError, match=r"wandb cannot start \(.+\); wandb login, or set WANDB_MODE=offline, or"):
+        train(config, log_with="wandb")
 
 
 def test_a_folder_without_a_tracker_is_refused(config):

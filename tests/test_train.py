@@ -799,6 +799,17 @@ def test_another_vae_is_used_and_saved_with_the_model(settings, copied, tmp_path
         assert all(torch.allclose(saved[key], weights[key] * 1.5) for key in weights)
 
 
+def test_a_vae_counts_by_what_it_holds_and_not_by_where_it_lies(settings, copied, tmp_path):
+    config = TrainConfig(**{**settings, "pretrained_vae_name_or_path": str(copied / "vae")})
+    train(config)
+    shutil.copytree(copied / "vae", tmp_path / "moved")
+    train(config, max_train_steps=3, pretrained_vae_name_or_path=str(tmp_path / "moved"))
+    path = copied / "vae" / WEIGHTS["vae"]
+    save_file({name: tensor * 1.5 for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(DbkitError, match="these settings do not continue: pretrained_vae_name_or_path differ"):
+        train(config, max_train_steps=4)
+
+
 def test_a_folder_without_a_vae_is_refused(config, tmp_path):
     with pytest.raises(DbkitError, match=r"pretrained_vae_name_or_path .* has no VAE in it; give a folder"):
         train(config, pretrained_vae_name_or_path=str(tmp_path))
