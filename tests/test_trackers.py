@@ -1,6 +1,8 @@
 """Trackers are told what log.jsonl is told, once for each step, also over an interruption."""
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -70,11 +72,15 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_loaded(config, 
         train(config, log_with="tensorboard", logging_dir=tmp_path / "file")
 
 
-def test_wandb_that_cannot_start_is_a_sentence(config, monkeypatch):
+def test_wandb_that_cannot_start_is_a_sentence(config):
     pytest.importorskip("wandb", reason="wandb is not installed")
-    monkeypatch.setenv("WANDB_MODE", "of course")
-    with pytest.raises(DbkitError, match=r"wandb cannot start \(.+\); wandb login, or set WANDB_MODE=offline, or"):
-        train(config, log_with="wandb")
+    path = config.save(config.output_dir.with_name("train.yaml"))
+    # A process of its own: wandb keeps the mode that it first started in.
+    command = [sys.executable, "-m", "dbkit", "train", "--config", path, "--log_with", "wandb"]
+    environment = {**os.environ, "WANDB_MODE": "of course"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "dbkit: wandb cannot start (" in done.stderr and "or set WANDB_MODE=offline" in done.stderr
 
 
 def test_a_folder_without_a_tracker_is_refused(config):
