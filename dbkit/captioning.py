@@ -13,7 +13,7 @@ from typing import Any
 from dbkit.captioners import PINNED, Blip, Tagger, banned_tags
 from dbkit.captions import caption_file, read_caption
 from dbkit.config import CaptionConfig
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, some
 from dbkit.files import write_text
 from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, list_images, read_image
 from dbkit.report import backgrounds
@@ -42,14 +42,10 @@ class CaptionReport:
         lines = [f"{counts}, {len(self.refused)} refused: {self.folder}"]
         lines += [f"  {name}: {text}" for name, text in list(self.written.items())[:5]]
         if self.kept:
-            lines.append(f"  kept: {_some(self.kept)}; empty a text to have it written anew")
+            lines.append(f"  kept: {some(self.kept)}; empty a text to have it written anew")
         if self.without:
-            lines.append(f"  nothing was found in {_some(self.without)}; their texts are as they were")
+            lines.append(f"  nothing was found in {some(self.without)}; their texts are as they were")
         return "\n".join([*lines, *(f"  refused: {reason}" for reason in self.refused.values())])
-
-
-def _some(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 @configured_by(CaptionConfig)
@@ -90,7 +86,7 @@ def _images(folder: Path) -> tuple[list[Path], dict[str, str]]:
     if not paths:
         below = sorted({path.parent for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES})
         hint = f"there are some in {below[0]}: name that folder" if below else "put your pictures there"
-        raise DbkitError(f"there are no images in folder {folder}; {UNREAD.format(_some(others)) if others else hint}")
+        raise DbkitError(f"there are no images in folder {folder}; {UNREAD.format(some(others)) if others else hint}")
     return paths, {name: UNREAD.format(name) for name in others}
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dbkit import keys
 from dbkit.config import ConvertConfig
 from dbkit.embedded import local_folder
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, some
 from dbkit.families import original_shapes, refuse_other_families, sd1_configs
 from dbkit.files import full_disk_is_a_sentence, require_space, whole_file
 from dbkit.libraries import library_errors, quiet
@@ -90,7 +90,7 @@ def _to_folder(config: ConvertConfig) -> Path:
     for part, original in parts.items():
         renamed = {name: keys.rename(name, tables[part]) for name in original}
         if unknown := [name for name, new in renamed.items() if new is None]:
-            raise DbkitError(f"{source} has tensors that Stable Diffusion 1 does not know: {_some(unknown)}")
+            raise DbkitError(f"{source} has tensors that Stable Diffusion 1 does not know: {some(unknown, 10)}")
         weights[part] = {
             new: _reshaped(part, name, _cast(original[name], name, config.half), original=False)
             for name, new in renamed.items()
@@ -208,7 +208,7 @@ def _split(tensors: Tensors, source: Path) -> dict[str, Tensors]:
         else:
             parts[part][name.removeprefix(keys.PREFIXES[part])] = tensor
     if unknown:
-        raise DbkitError(f"{source} has tensors that Stable Diffusion 1 does not know: {_some(unknown)}")
+        raise DbkitError(f"{source} has tensors that Stable Diffusion 1 does not know: {some(unknown, 10)}")
     parts["text_encoder"] = _modern_names("text_encoder", parts["text_encoder"])
     return parts
 
@@ -277,13 +277,9 @@ def _require_equal(written: Tensors, wanted: Tensors, destination: Path) -> None
     different += [name for name in wanted if name in written and not torch.equal(written[name], wanted[name])]
     if different:
         raise DbkitError(
-            f"{destination} reads back differently from its source ({_some(different)}); the disk may be "
+            f"{destination} reads back differently from its source ({some(different, 10)}); the disk may be "
             "failing, write elsewhere"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def _write_folder(

@@ -18,7 +18,7 @@ from dbkit.captions import caption_file, read_caption
 from dbkit.config import PrepareConfig
 from dbkit.doctor import Finding, examine
 from dbkit.errors import DbkitError
-from dbkit.faces import background_box, face_place, head_box, largest_face
+from dbkit.faces import Box, background_box, face_place, head_box, largest_face
 from dbkit.files import one_process, safe_name, sha256, whole_file, write_text
 from dbkit.images import SUFFIXES, View, crop_place, is_hidden, list_images, read_image, read_usable, render
 from dbkit.measures import Measures, fingerprint, measure
@@ -125,12 +125,15 @@ def _judge(
         class_images=_class_hashes(config.class_data_dir),
     )
     left_out: dict[str, str] = {}
-    for finding in look(measures, captions):
+    findings = look(measures, captions)
+    for finding in findings:
         if finding.image and finding.check in config.leave_out:
             before = f"{left_out[finding.image]}; " if finding.image in left_out else ""
             left_out[finding.image] = before + finding.says
-    # What is said of the set is about what is left of it.
-    return look({name: seen for name, seen in measures.items() if name not in left_out}, captions), left_out
+    if left_out:
+        # What is said of the set is about what is left of it.
+        findings = look({name: seen for name, seen in measures.items() if name not in left_out}, captions)
+    return findings, left_out
 
 
 def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None], config: PrepareConfig) -> list[Kept]:
@@ -150,7 +153,8 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
     taken, kept = own | set(names.values()), []
     for path in tqdm(chosen, "preparing", file=sys.stdout, mininterval=1, leave=False):
         name, image = _name(source, path), read_image(path)
-        for part, picture, share in _pictures(image, name, config):
+        face = largest_face(image) if _wants_faces(config) else None
+        for part, picture, share in _pictures(image, face, name, config):
             file = names[path] if part == "whole" else _part_name(names[path], part, taken)
             made = Kept(
                 file=file,
@@ -164,7 +168,7 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
                 caption_before=_part_caption(part, captions[name], config),
                 part=part,
                 source_sha256=hashes[path],
-                faceless=_wants_faces(config) and largest_face(image) is None,
+                faceless=_wants_faces(config) and face is None,
             )
             kept.append(_write(folder, made, picture, [old for old in before if old.file == file]))
     _remove_stale(folder, before, kept)
@@ -224,7 +228,9 @@ def _write(folder: Path, made: Kept, picture: Image.Image, before: list[Kept]) -
     return replace(made, caption=read_caption(target))
 
 
-def _pictures(image: Image.Image, name: str, config: PrepareConfig) -> Iterator[tuple[str, Image.Image, float]]:
+def _pictures(
+    image: Image.Image, face: Box | None, name: str, config: PrepareConfig
+) -> Iterator[tuple[str, Image.Image, float]]:
     """What is made of one photograph: its part, the picture, and the share of the photograph that a crop leaves."""
     square = (config.resolution, config.resolution)
     if config.framing == "none":
@@ -233,14 +239,16 @@ def _pictures(image: Image.Image, name: str, config: PrepareConfig) -> Iterator[
         size = tuple(max(1, round(side * scale)) for side in image.size)
         yield "whole", image.resize(size) if scale < 1 else image, _bucket_share(image, config.resolution)
     else:
-        face = config.framing == "face"
-        place = face_place(image) if face else crop_place(config.framing != "random", config.seed, name)
+        if config.framing == "face":
+            place = face_place(image, face)
+        else:
+            place = crop_place(config.framing != "random", config.seed, name)
         yield "whole", render(image, square, View(place)), min(image.size) / max(image.size)
     for part, wanted, find in (
         ("head", config.head_crops, head_box),
         ("background", config.background_caption, background_box),
     ):
-        if wanted and (box := find(image)):
+        if wanted and (box := find(image, face)):
             cut = image.crop(box)
             yield part, render(cut, square), cut.width * cut.height / (image.width * image.height)
 

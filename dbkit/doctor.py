@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from dbkit.errors import some
 from dbkit.measures import HASH_SIDE, Measures
 
 # Thresholds, with what was measured on the pictures that measures.py names.
@@ -208,7 +209,7 @@ def _caption_set(images: dict[str, Measures], captions: dict[str, str | None], m
     if without and len(without) < len(images):
         yield (
             "captions",
-            f"{len(images) - len(without)} of {len(images)} images have a caption and these have none: {_few(without)}"
+            f"{len(images) - len(without)} of {len(images)} images have a caption and these have none: {some(without)}"
             "; caption all of them or none",
         )
     if method != "native":
@@ -220,12 +221,8 @@ def _caption_set(images: dict[str, Measures], captions: dict[str, str | None], m
         if caption and len(names) > 1:
             yield (
                 "captions",
-                f'{len(names)} images have the same caption, "{caption}" ({_few(names)}); say what tells them apart',
+                f'{len(names)} images have the same caption, "{caption}" ({some(names)}); say what tells them apart',
             )
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _number(images: dict[str, Measures], method: str) -> Told:

@@ -1,4 +1,8 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and how its sentences name many things."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class DbkitError(Exception):
@@ -10,3 +14,8 @@ class DbkitError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         return [f"DbkitError: {self}"]
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

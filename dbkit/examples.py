@@ -12,9 +12,19 @@ from dbkit.augment import tag_variants, views_of
 from dbkit.buckets import Size, kept_share, nearest, sizes_of
 from dbkit.captions import read_caption
 from dbkit.concepts import Concept
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, some
 from dbkit.files import sha256
-from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, View, crop_place, is_text, list_images, read_usable
+from dbkit.images import (
+    OTHER_SUFFIXES,
+    SUFFIXES,
+    UNREAD,
+    View,
+    crop_place,
+    is_text,
+    list_images,
+    printable,
+    read_usable,
+)
 from dbkit.report import backgrounds
 from dbkit.train_config import TrainConfig
 
@@ -69,7 +79,7 @@ def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[P
     if alone and not config.use_txt_as_label:
         raise DbkitError(
             f"{len(alone)} images in {concept.instance_data_dir} show a background without the subject "
-            f"({_some(alone)}); set use_txt_as_label, so that they are learnt with their own captions, or take them out"
+            f"({some(alone)}); set use_txt_as_label, so that they are learnt with their own captions, or take them out"
         )
     if config.use_filename_as_label:
         return {path: (path.stem,) for path in paths}
@@ -79,7 +89,7 @@ def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[P
     if missing := [path.name for path, text in texts.items() if not text]:
         raise DbkitError(
             f"{len(missing)} of {len(paths)} images in {concept.instance_data_dir} have no caption "
-            f"({_some(missing)}); write a .txt file of the same name beside each (notebook 3 helps)"
+            f"({some(missing)}); write a .txt file of the same name beside each (notebook 3 helps)"
         )
     template = config.prompt_combine_template if config.combine_prompt_from_txt else "{TXT_PROMPT}"
     # The text goes in last, so that braces in it are only text.
@@ -96,11 +106,11 @@ def _training_images(folder: Path) -> list[Path]:
     paths = list_images(folder)
     odd = [path for path in paths if not is_text(path.name)]
     if odd:
-        shown = _some([path.name.encode("utf-8", "backslashreplace").decode() for path in odd])
+        shown = some([printable(path.name) for path in odd])
         raise DbkitError(f"{len(odd)} images in {folder} have names that are no text ({shown}); rename them")
     others = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in OTHER_SUFFIXES)
     if others:
-        raise DbkitError(f"{len(others)} images in {folder} are not usable: {UNREAD.format(_some(others))}")
+        raise DbkitError(f"{len(others)} images in {folder} are not usable: {UNREAD.format(some(others))}")
     if not paths:
         below = sorted({path.parent for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES})
         hint = f"there are some in {below[0]}: name that folder" if below else "put 5 to 20 photographs there"
@@ -124,12 +134,13 @@ def _checked_examples(
             kept, scale = kept_share(width, height, size), max(size[0] / width, size[1] / height)
             examples.append(Example(path, prompts[path], views, size, sha256(path), concept, kept, scale))
     if unreadable:
-        raise DbkitError(f"{len(unreadable)} of {len(paths)} images are not usable: {_some(unreadable)}")
+        raise DbkitError(f"{len(unreadable)} of {len(paths)} images are not usable: {some(unreadable)}")
     return examples
 
 
-def _some(items: list[str], most: int = 5) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+def first_prompts(examples: list[Example], concepts: list[Concept]) -> list[str]:
+    """The prompt of each concept's first image."""
+    return [next(example.prompt for example in examples if example.concept == n) for n in range(len(concepts))]
 
 
 def require_apart(instance: list[Example], class_set: list[Example]) -> None:
@@ -138,7 +149,7 @@ def require_apart(instance: list[Example], class_set: list[Example]) -> None:
     both = [f"{example.path} is {known[example.sha256]}" for example in class_set if example.sha256 in known]
     if both:
         raise DbkitError(
-            f"{len(both)} class images are instance images too ({_some(both, 3)}); take them out of the class images, "
+            f"{len(both)} class images are instance images too ({some(both, 3)}); take them out of the class images, "
             "which must not show the subject"
         )
 
@@ -171,7 +182,7 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     lines += _versions(examples)
     # A tenth more is not seen.
     if small := [example.path.name for example in examples if example.scale > 1.1]:
-        lines.append(f"{len(small)} images are enlarged to that and look soft: {_some(small)}")
+        lines.append(f"{len(small)} images are enlarged to that and look soft: {some(small)}")
     return lines
 
 
@@ -183,7 +194,7 @@ def _versions(examples: list[Example]) -> list[str]:
         lines.append(f"augmentation makes {views} versions of {len(examples)} images")
         still = [e.path.name for e in examples if not any(view.flip for view in e.views)]
         if still and len(still) < len(examples):
-            lines.append(f"{len(still)} images are not mirrored, since their prompts say left or right: {_some(still)}")
+            lines.append(f"{len(still)} images are not mirrored, since their prompts say left or right: {some(still)}")
     if prompts > len(examples):
         lines.append(f"tags in changing order or number make {prompts} versions of {len(examples)} captions")
     return lines

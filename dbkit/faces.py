@@ -61,12 +61,11 @@ def _cascade() -> Any:
     return cv2.CascadeClassifier(str(path))
 
 
-def face_place(image: Image.Image) -> tuple[float, float]:
-    """Where the largest square lies along each axis, 0 to 1 as in images.View, for the largest face to be centred.
+def face_place(image: Image.Image, face: Box | None) -> tuple[float, float]:
+    """Where the largest square lies along each axis, 0 to 1 as in images.View, for the face to be centred.
 
-    As far as the image reaches; (0.5, 0.5) where no face is found.
+    As far as the image reaches; (0.5, 0.5) without a face.
     """
-    face = largest_face(image)
     if face is None:
         return 0.5, 0.5
     left, top, right, bottom = face
@@ -79,9 +78,8 @@ def _place(centre: float, side: int, length: int) -> float:
     return min(max((centre - side / 2) / room, 0.0), 1.0) if room else 0.5
 
 
-def head_box(image: Image.Image) -> Box | None:
-    """A square around the head of the largest face, kept inside the image; None where no face is found."""
-    face = largest_face(image)
+def head_box(image: Image.Image, face: Box | None) -> Box | None:
+    """A square around the head of a face, kept inside the image; None without a face."""
     if face is None:
         return None
     left, top, right, bottom = face
@@ -93,12 +91,11 @@ def head_box(image: Image.Image) -> Box | None:
     return x, y, x + side, y + side
 
 
-def background_box(image: Image.Image) -> Box | None:
-    """The largest square beside the person with the largest face: beside the column that the shoulders take.
+def background_box(image: Image.Image, face: Box | None) -> Box | None:
+    """The largest square beside the person with this face: beside the column that the shoulders take.
 
-    None where no face is found, or the square's side is less than a quarter of the image's shorter side.
+    None without a face, or where the square's side is less than a quarter of the image's shorter side.
     """
-    face = largest_face(image)
     if face is None:
         return None
     left, _, right, _ = face

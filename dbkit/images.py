@@ -44,9 +44,14 @@ def is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part.lower() in _JUNK for part in path.parts)
 
 
+def printable(name: str) -> str:
+    """A file's name as it can be shown: on Linux it may be any bytes, of which those that are no text are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def is_text(name: str) -> bool:
-    """Whether a file's name is text: on Linux it may be any bytes, and Python shows those that are not so oddly."""
-    return name.isprintable() or all(not 0xD800 <= ord(letter) <= 0xDFFF for letter in name)
+    """Whether a file's name is text."""
+    return printable(name) == name
 
 
 def list_images(folder: Path) -> list[Path]:

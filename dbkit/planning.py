@@ -14,7 +14,7 @@ from dbkit.class_images import make_class_images
 from dbkit.concepts import Concept, concepts_of, warnings
 from dbkit.config import ClassImagesConfig
 from dbkit.errors import DbkitError
-from dbkit.examples import Example, class_examples, describe, instance_examples, require_apart
+from dbkit.examples import Example, class_examples, describe, first_prompts, instance_examples, require_apart
 from dbkit.files import move_aside
 from dbkit.images import list_images
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
@@ -175,7 +175,6 @@ def _preview_prompts(config: TrainConfig, instance: list[Example], concepts: lis
         return read_prompts(config.test_prompts_file)
     if config.test_prompt:
         return [config.test_prompt]
-    firsts = [next(example.prompt for example in instance if example.concept == n) for n in range(len(concepts))]
     # The class prompt without the identifier is where an overdone training shows first.
     classes = [concept.class_prompt for concept in concepts if config.with_prior_preservation]
-    return list(dict.fromkeys([*firsts, *classes]))
+    return list(dict.fromkeys([*first_prompts(instance, concepts), *classes]))

@@ -8,7 +8,7 @@ import html
 import io
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -161,7 +161,9 @@ def write_contact_sheet(report: DatasetReport) -> Path:
     count = len(report.kept)
     # JPEG ends at 65,500 pixels, and a picture that is about square is easier to look at than a ribbon.
     columns, side = max(6, math.isqrt(count)), 160 if count <= 200 else 96
-    checks = {name: sorted({f.check for f in report.findings if f.image == name}) for name in _sources(report)}
+    checks: dict[str | None, set[str]] = defaultdict(set)
+    for finding in report.findings:
+        checks[finding.image].add(finding.check)
     font, gap, line = ImageFont.load_default(12), 8, 15
     cell, rows = (side + gap, side + 3 * line + gap), -(-count // columns)
     sheet = Image.new("RGB", (gap + min(columns, count) * cell[0], gap + rows * cell[1]), "white")
@@ -173,16 +175,12 @@ def write_contact_sheet(report: DatasetReport) -> Path:
         picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
         sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))
         note = f"keeps {image.kept:.0%}" if image.kept < 0.995 else ""
-        lines = ((_title(image), "black"), (note, "dimgray"), (", ".join(checks[image.source]), "firebrick"))
+        lines = ((_title(image), "black"), (note, "dimgray"), (", ".join(sorted(checks[image.source])), "firebrick"))
         for row, (text, colour) in enumerate(lines):
             pen.text((x, y + side + row * line), _fitting(text, font, side), fill=colour, font=font)
     with whole_file(report.contact_sheet) as partial:
         sheet.save(partial, "JPEG", quality=90)
     return report.contact_sheet
-
-
-def _sources(report: DatasetReport) -> list[str]:
-    return list(Counter(image.source for image in report.kept))
 
 
 def _fitting(text: str, font, width: int) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PureWindowsPath
 
 from dbkit.errors import DbkitError
 from dbkit.files import full_disk_is_a_sentence, require_space
-from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, is_hidden, is_text, kind_of
+from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, is_hidden, is_text, kind_of, printable
 
 # Photographs are at most a few MB each; a zip that unpacks to more than this is not a photo collection.
 MAX_UNPACKED = 20 * 10**9
@@ -89,7 +89,7 @@ def _sort(path: Path, name: str, found: Source, texts: list[Path]) -> None:
     """Put one file where it belongs."""
     suffix = path.suffix.lower()
     if not is_text(name):
-        shown = name.encode("utf-8", "backslashreplace").decode()
+        shown = printable(name)
         found.refused[shown] = f"{shown} has a name that is no text; rename it"
     elif suffix == ".txt":
         texts.append(path)

@@ -10,6 +10,7 @@ from dbkit.cache import Noising, Pool, draw_batches, encode_images, encode_promp
 from dbkit.checkpoint import commit, find_fault, load_state, rotate, save_state, step_folder
 from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
+from dbkit.examples import first_prompts
 from dbkit.files import one_process, require_space, stop_requests
 from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
@@ -117,8 +118,8 @@ def _train(config: TrainConfig, run: Path) -> Path:
         raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
-    firsts = [next(e.prompt for e in plan.instance if e.concept == number) for number in range(len(plan.concepts))]
-    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(firsts)}")
+    prompts = ", or: ".join(first_prompts(plan.instance, plan.concepts))
+    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {prompts}")
     return model
 
 

@@ -59,8 +59,8 @@ def test_without_a_face_nothing_is_found():
     grey = np.random.default_rng(0).integers(0, 255, (400, 600, 3), dtype=np.uint8)
     for image in (Image.new("RGB", (600, 400), "teal"), Image.fromarray(grey), Image.new("RGB", (8, 3000))):
         assert largest_face(image) is None
-        assert face_place(image) == (0.5, 0.5)
-        assert head_box(image) is None and background_box(image) is None
+        assert face_place(image, largest_face(image)) == (0.5, 0.5)
+        assert head_box(image, largest_face(image)) is None and background_box(image, largest_face(image)) is None
 
 
 @pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"the photographs of {PHOTOS} are not here")
@@ -81,7 +81,7 @@ def test_dogs_and_toys_are_no_faces():
 )
 def test_the_square_is_centred_on_the_face_as_far_as_the_image_reaches(size, face, expected):
     image = portrait(size, face)
-    place = face_place(image)
+    place = face_place(image, largest_face(image))
     assert all(0 <= part <= 1 for part in place)
     side = min(size)
     left, top = (round((length - side) * part) for length, part in zip(size, place))
@@ -95,7 +95,7 @@ def test_the_square_is_centred_on_the_face_as_far_as_the_image_reaches(size, fac
 def test_the_head_is_a_square_inside_the_image_around_the_face(face):
     image = portrait((640, 480), face)
     left, top, right, bottom = largest_face(image)
-    box = head_box(image)
+    box = head_box(image, largest_face(image))
     assert box[2] - box[0] == box[3] - box[1] == pytest.approx(1.8 * (right - left), abs=2)
     assert box[0] >= 0 and box[1] >= 0 and box[2] <= 640 and box[3] <= 480
     assert box[0] <= left and box[1] <= top and box[2] >= right and box[3] >= bottom
@@ -104,7 +104,7 @@ def test_the_head_is_a_square_inside_the_image_around_the_face(face):
 @pytest.mark.parametrize(("left", "far"), [(600, 0), (60, 900)])
 def test_the_background_is_a_square_without_the_person(left, far):
     image = portrait((900, 500), (left, 100, 120))
-    box = background_box(image)
+    box = background_box(image, largest_face(image))
     assert box[2] - box[0] == box[3] - box[1] > 250
     assert far in (box[0], box[2])
     # Nothing but the wall: one colour.
@@ -112,7 +112,8 @@ def test_the_background_is_a_square_without_the_person(left, far):
 
 
 def test_no_background_is_cut_where_there_is_no_room():
-    assert background_box(portrait((400, 500), (110, 120, 180))) is None
+    image = portrait((400, 500), (110, 120, 180))
+    assert background_box(image, largest_face(image)) is None
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_no_background_is_cut_where_there_is_no_room():
 def test_without_the_detector_a_sentence_says_what_to_install(damage, reason):
     code = (
         f"import sys\n{damage}\nfrom PIL import Image; from dbkit.errors import DbkitError; from dbkit import faces\n"
-        "try:\n    faces.face_place(Image.new('RGB', (90, 60)))\nexcept DbkitError as error:\n    print(error)"
+        "try:\n    faces.largest_face(Image.new('RGB', (90, 60)))\nexcept DbkitError as error:\n    print(error)"
     )
     root = Path(dbkit.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

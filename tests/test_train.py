@@ -118,6 +118,11 @@ def assert_same_run(one: Path, two: Path):
 # The loss.
 
 
+# Of the photographs and the class images that the fixtures draw.
+PROMPTS = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
+PROMPTS |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
+
+
 def reference_losses(config: TrainConfig, prompts: dict[str, str], step: int = 1) -> list[float]:
     """Loss, instance loss and class loss of one step, one sample at a time, by diffusers' own scheduler."""
     folder = config.pretrained_model_name_or_path
@@ -181,9 +186,7 @@ def test_the_loss_equals_a_slow_reference(request, settings, prior, kind, with_p
     config = TrainConfig(
         **{**settings, **extra, "pretrained_model_name_or_path": model, "train_batch_size": batch, "seed": 7}
     )
-    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
-    prompts |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
-    expected = reference_losses(config, prompts)
+    expected = reference_losses(config, PROMPTS)
     assert first_losses(config) == pytest.approx(expected, rel=1e-4)
     assert (expected[2] > 0) == with_prior
 
@@ -223,12 +226,10 @@ def test_every_objective_equals_a_slow_reference(request, settings, prior, kind,
     config = TrainConfig(
         **{**settings, **extra, **objective, "pretrained_model_name_or_path": model, "train_batch_size": 2, "seed": 3}
     )
-    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
-    prompts |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
-    expected = reference_losses(config, prompts)
+    expected = reference_losses(config, PROMPTS)
     assert first_losses(config) == pytest.approx(expected, rel=1e-4)
     plain = reference_losses(
-        replace(config, **{name: TrainConfig.__dataclass_fields__[name].default for name in objective}), prompts
+        replace(config, **{name: TrainConfig.__dataclass_fields__[name].default for name in objective}), PROMPTS
     )
     assert expected[0] != pytest.approx(plain[0], rel=1e-3)
 
@@ -265,9 +266,8 @@ def test_the_loss_of_a_later_step_is_that_of_its_own_draws(settings):
     config = TrainConfig(**{**settings, "learning_rate": 1e-30, "log_interval": 1})
     with pytest.raises(DbkitError, match="2 steps changed no weight; raise learning_rate"):
         train(config)
-    prompts = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
     losses = [line["loss"] for line in log_of(config.output_dir)]
-    assert losses == pytest.approx([reference_losses(config, prompts, step)[0] for step in (1, 2)], rel=1e-4)
+    assert losses == pytest.approx([reference_losses(config, PROMPTS, step)[0] for step in (1, 2)], rel=1e-4)
     assert losses[0] != pytest.approx(losses[1], rel=1e-3)
 
 
