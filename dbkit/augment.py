@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import TYPE_CHECKING
 
 from dbkit import draws
 from dbkit.images import View
 from dbkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
@@ -44,6 +48,30 @@ def _draw(config: TrainConfig, number: int, n: int, place: tuple[float, float], 
         brightness=1 + config.augment_brightness * brightness,
         contrast=1 + config.augment_contrast * contrast,
     )
+
+
+def holes_of(config: TrainConfig, name: str, size: tuple[int, int]) -> list[np.ndarray]:
+    """What an inpainting model does not see of an image, in turn: (H, W) arrays, 1 where it is hidden, for (W, H).
+
+    A quarter of them hides everything, as in the training of the base models; the others a rectangle or an ellipse.
+    """
+    number = key_of(name)
+    return [_hole(draws.generator(config.seed, "holes", n, number), size, n) for n in range(config.inpainting_masks)]
+
+
+def _hole(random: np.random.Generator, size: tuple[int, int], n: int) -> np.ndarray:
+    import numpy as np
+
+    width, height = size
+    if n % 4 == 0:
+        return np.ones((height, width), np.float32)
+    sides = np.array([height, width])
+    half = np.maximum(0.5, random.uniform(0.2, 0.8, 2) * sides / 2)
+    middle = half + random.random(2) * (sides - 2 * half)
+    # The distance of each place from the middle, in half sides.
+    down, across = (np.abs(np.mgrid[:height, :width] + 0.5 - middle[:, None, None])) / half[:, None, None]
+    inside = across**2 + down**2 <= 1 if random.random() < 0.5 else np.maximum(across, down) <= 1
+    return inside.astype(np.float32)
 
 
 def tag_variants(config: TrainConfig, name: str, text: str) -> list[str]:

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dbkit import draws
+from dbkit.augment import holes_of
+from dbkit.buckets import Size
 from dbkit.examples import Example
-from dbkit.images import read_image, render
+from dbkit.images import View, read_image, read_mask, render
+from dbkit.models import Models
 from dbkit.order import Order
+from dbkit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from diffusers import AutoencoderKL
     from PIL import Image
-    from transformers import CLIPTextModel, CLIPTokenizer
 
 
 @dataclass(frozen=True)
 class Latents:
     """The VAE's posterior of each image: mean and std of shape (N, C, H, W), fp32, scaled as the U-Net wants them.
 
-    Both are kept, so that every step draws its latents afresh, as if the VAE ran in the loop.
+    Both are kept, so that every step draws its latents afresh, as if the VAE ran in the loop. weights, (N, 1, H, W), is
+    how much each place counts in a masked loss. hidden, (N, 1 + C, H, W), is what an inpainting model reads beside the
+    noisy latents: where the picture is hidden, 1, and the latents of what is left of it.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
+    weights: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
 
     def draw(self, indices: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Latents of shape (B, C, H, W) for indices of shape (B,) and standard normal noise of the result's shape."""
@@ -35,29 +44,72 @@ class Latents:
 
 
 def encode_images(
-    vae: AutoencoderKL, examples: list[Example], device: torch.device
+    models: Models, examples: list[Example], config: TrainConfig, device: torch.device
 ) -> tuple[list[Latents], list[list[tuple[int, int]]]]:
     """The latents of all views of the examples, one Latents for each size, and where those of each view lie.
 
-    The places are (number of the Latents, row) for each example and each of its views. The VAE runs in fp32: in fp16
-    some images overflow.
+    The places are (number of the Latents, row) for each example and each of its views; a view has several rows where an
+    inpainting model sees it with several holes. The VAE runs in fp32: in fp16 some images overflow.
     """
     import torch
     from tqdm import tqdm
 
     sizes = list(dict.fromkeys(example.size for example in examples))
-    means, stds = [[] for _ in sizes], [[] for _ in sizes]
+    rows: list[list[dict[str, torch.Tensor]]] = [[] for _ in sizes]
     places = []
     with torch.no_grad():
         for example in tqdm(examples, "latents", file=sys.stdout, mininterval=1):
-            number, image = sizes.index(example.size), read_image(example.path)
-            places.append([(number, len(means[number]) + view) for view in range(len(example.views))])
-            for view in example.views:
-                posterior = vae.encode(_pixels(render(image, example.size, view)).to(device)).latent_dist
-                means[number].append(posterior.mean)
-                stds[number].append(posterior.std)
-    factor = vae.config.scaling_factor
-    return [Latents(torch.cat(mean) * factor, torch.cat(std) * factor) for mean, std in zip(means, stds)], places
+            number = sizes.index(example.size)
+            own = list(_encode(models, example, config, device))
+            places.append([(number, len(rows[number]) + n) for n in range(len(own))])
+            rows[number] += own
+    return [Latents(**{name: torch.cat([row[name] for row in part]) for name in part[0]}) for part in rows], places
+
+
+def _encode(
+    models: Models, example: Example, config: TrainConfig, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The fields of Latents for each view of an example, or for each hole in each view."""
+    vae, factor = models.vae, models.vae.config.scaling_factor
+    image, mask = read_image(example.path), read_mask(example.mask) if example.mask else None
+    for view in example.views:
+        pixels = _pixels(render(image, example.size, view)).to(device)
+        posterior = vae.encode(pixels).latent_dist
+        row = {"mean": posterior.mean * factor, "std": posterior.std * factor}
+        if config.masked_loss:
+            row["weights"] = _weights(mask, example.size, view, config, row["mean"])
+        if not models.inpaints:
+            yield row
+            continue
+        for hole in holes_of(config, example.path.name, row["mean"].shape[:1:-1]):
+            yield {**row, "hidden": _hide(vae, pixels, hole)}
+
+
+def _weights(
+    mask: Image.Image | None, size: Size, view: View, config: TrainConfig, latents: torch.Tensor
+) -> torch.Tensor:
+    """How much each latent counts, (1, 1, H, W): 1 in the mask's white, unmasked_weight in its black."""
+    import numpy as np
+    import torch
+
+    shape = latents.shape[2:]
+    if mask is None:
+        return torch.ones(1, 1, *shape, device=latents.device)
+    plain = dataclasses.replace(view, brightness=1, contrast=1)
+    white = torch.from_numpy(np.asarray(render(mask, size, plain), dtype=np.float32) / 255)
+    # The mean over the pixels of each latent.
+    white = torch.nn.functional.adaptive_avg_pool2d(white[None, None], tuple(shape)).to(latents.device)
+    # A crop without any white would leave nothing to divide by.
+    return (config.unmasked_weight + (1 - config.unmasked_weight) * white).clamp(min=1e-4)
+
+
+def _hide(vae: AutoencoderKL, pixels: torch.Tensor, hole: np.ndarray) -> torch.Tensor:
+    """The mask and the latents of the picture without it, (1, 1 + C, H, W), as diffusers' pipeline gives them."""
+    import torch
+
+    mask = torch.from_numpy(hole)[None, None].to(pixels.device)
+    seen = pixels * (1 - torch.nn.functional.interpolate(mask, size=pixels.shape[2:]))
+    return torch.cat([mask, vae.encode(seen).latent_dist.mode() * vae.config.scaling_factor], dim=1)
 
 
 def _pixels(image: Image.Image) -> torch.Tensor:
@@ -68,24 +120,14 @@ def _pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
 
 
-def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """Token ids of shape (N, 77), padded and cut as at generation time."""
-    length = min(tokenizer.model_max_length, 77)
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
-
-def encode_prompts(text_encoder: CLIPTextModel, token_ids: torch.Tensor) -> torch.Tensor:
-    """Text states of shape (N, 77, D) for token ids of shape (N, 77)."""
-    return text_encoder(token_ids).last_hidden_state
-
-
 @dataclass(frozen=True)
 class Pool:
     """The instance images or the class images, ready for training.
 
     latents has one entry for each size, places says where those of each image's views lie in it. prompts holds one row
     for each distinct prompt: text states (P, 77, D), or token ids (P, 77) while the text encoder is trained;
-    prompt_rows are the rows of each image's prompts, empty_prompt is that of no prompt at all.
+    prompt_rows are the rows of each image's prompts, empty_prompt is that of no prompt at all. own_tokens, (P, 77), is
+    1 where a prompt is not padding, if that makes a difference.
     """
 
     role: Literal["instance", "class"]
@@ -94,6 +136,12 @@ class Pool:
     prompts: torch.Tensor
     prompt_rows: list[list[int]]
     empty_prompt: int = 0
+    own_tokens: torch.Tensor | None = None
+
+    @property
+    def text_is_trained(self) -> bool:
+        """Whether prompts holds token ids."""
+        return not self.prompts.is_floating_point()
 
 
 @dataclass(frozen=True)
@@ -102,7 +150,8 @@ class Batch:
 
     noise is what the model is to find in the input, input_noise what is put there: the same, or with a perturbation.
     pairs is the number of instance images, and of class images if there are any, in all batches of the same samples:
-    what the losses of each are divided by.
+    what the losses of each are divided by. weights, hidden and own_tokens are rows of the fields of those names in
+    Latents and Pool, if these have them.
     """
 
     latents: torch.Tensor
@@ -112,6 +161,9 @@ class Batch:
     prompts: torch.Tensor
     instances: int
     pairs: int
+    weights: torch.Tensor | None = None
+    hidden: torch.Tensor | None = None
+    own_tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,11 +238,20 @@ def _batch(pools: list[Pool], parts: list[list[_Draw]], pairs: int, noising: Noi
     noise, latent_noise, *more = normal.to(device, non_blocking=True)
     input_noise = noise + noising.perturbation * more[0] if more else noise
     rows, prompt_rows, steps = numbers.to(device, non_blocking=True)
-    latents, prompts, start = [], [], 0
+    found: dict[str, list[torch.Tensor]] = {}
+    start = 0
     for pool, part in zip(pools, parts):
         if part:
-            own = slice(start, start + len(part))
-            latents.append(part[0].latents.draw(rows[own], latent_noise[own]))
-            prompts.append(pool.prompts[prompt_rows[own]])
+            own, latents = slice(start, start + len(part)), part[0].latents
+            read = {"latents": latents.draw(rows[own], latent_noise[own]), "prompts": pool.prompts[prompt_rows[own]]}
+            for name, table, where in (
+                ("weights", latents.weights, rows),
+                ("hidden", latents.hidden, rows),
+                ("own_tokens", pool.own_tokens, prompt_rows),
+            ):
+                read |= {name: table[where[own]]} if table is not None else {}
+            for name, value in read.items():
+                found.setdefault(name, []).append(value)
             start += len(part)
-    return Batch(torch.cat(latents), noise, input_noise, steps, torch.cat(prompts), len(parts[0]), pairs)
+    joined = {name: torch.cat(values) for name, values in found.items()}
+    return Batch(noise=noise, input_noise=input_noise, timesteps=steps, instances=len(parts[0]), pairs=pairs, **joined)

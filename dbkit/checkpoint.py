@@ -155,8 +155,10 @@ def remove_committed(folder: Path) -> None:
     print(f"files that dbkit did not make are kept in {move_aside(folder)}")
 
 
-def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[str, dict[str, Any]]) -> None:
-    """Write what a run needs to continue exactly: fp32 weights, and the states of optimizer and gradient scaler."""
+def save_state(
+    folder: Path, modules: dict[str, torch.nn.Module], others: dict[str, dict[str, Any]], prefix: str = ""
+) -> None:
+    """Write weights as they are, each module's in a file of its name after the prefix, and other states."""
     import torch
     from safetensors.torch import save_file
 
@@ -164,7 +166,7 @@ def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[s
 
     for part, module in modules.items():
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict(module, part).items()}
-        save_file(weights, folder / f"{part}.safetensors")
+        save_file(weights, folder / f"{prefix}{part}.safetensors")
     for name, state in others.items():
         with (folder / f"{name}.pt").open("wb") as file:
             try:
@@ -174,7 +176,9 @@ def save_state(folder: Path, modules: dict[str, torch.nn.Module], others: dict[s
                 raise error.__context__ or error from error
 
 
-def load_state(checkpoint: Checkpoint, modules: dict[str, torch.nn.Module]) -> dict[str, dict[str, Any]]:
+def load_state(
+    checkpoint: Checkpoint, modules: dict[str, torch.nn.Module], prefix: str = ""
+) -> dict[str, dict[str, Any]]:
     """Put the saved weights into the modules and return the other states. Pickled files are read as data only."""
     import torch
     from safetensors.torch import load_file
@@ -182,7 +186,7 @@ def load_state(checkpoint: Checkpoint, modules: dict[str, torch.nn.Module]) -> d
     from dbkit.models import load_state_dict
 
     for part, module in modules.items():
-        load_state_dict(module, part, load_file(checkpoint.folder / f"{part}.safetensors"))
+        load_state_dict(module, part, load_file(checkpoint.folder / f"{prefix}{part}.safetensors"))
     return {
         path.stem: torch.load(path, map_location="cpu", weights_only=True)
         for path in sorted(checkpoint.folder.glob("*.pt"))

@@ -21,6 +21,7 @@ from dbkit.libraries import choose_device, choose_dtype
 from dbkit.models import Models, check_resolution, fingerprint, load_models, model_facts
 from dbkit.sampling import SAMPLER, Shot, place, sample
 from dbkit.settings import configured_by
+from dbkit.text import check_clip_skip
 from dbkit.workspace import default_folder
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _fill(config: ClassImagesConfig, loaded: Callable[..., _Loaded]) -> ClassIma
     facts = model_facts(config.pretrained_model_name_or_path)
     for side in config.size:
         check_resolution(side, facts)
+    check_clip_skip(config.clip_skip, facts and facts.text_layers)
     identity = _identity(config)
     folder = config.class_data_dir or default_folder() / "class_images" / _key(config, identity)
     _check_manifest(folder, identity)
@@ -77,7 +79,8 @@ def _fill(config: ClassImagesConfig, loaded: Callable[..., _Loaded]) -> ClassIma
     if missing:
         note = {**identity, "brought": [path.name for path in brought]}
         write_text(folder / MANIFEST, json.dumps(note, indent=1, ensure_ascii=False))
-        where = (config.pretrained_model_name_or_path, config.revision, config.device, config.mixed_precision)
+        name, clip_skip = config.pretrained_model_name_or_path, config.clip_skip
+        where = (name, config.revision, clip_skip, config.device, config.mixed_precision)
         _generate(config, loaded(*where), missing, wanted)
     return ClassImages(folder, len(missing), len(wanted) - len(missing), len(brought), [*brought, *wanted])
 
@@ -90,10 +93,10 @@ class _Loaded:
     dtype: torch.dtype
 
 
-def _load(name: str, revision: str | None, device_name: str, mixed_precision: str) -> _Loaded:
+def _load(name: str, revision: str | None, clip_skip: int | None, device_name: str, mixed_precision: str) -> _Loaded:
     device = choose_device(device_name)
     dtype = choose_dtype(mixed_precision, device)
-    models = load_models(name, revision)
+    models = load_models(name, revision, clip_skip=clip_skip)
     place(models, device, dtype)
     return _Loaded(models, dtype)
 
@@ -118,11 +121,14 @@ def _identity(config: ClassImagesConfig) -> dict[str, Any]:
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
         "seed": config.seed,
+        "clip_skip": config.clip_skip,
     }
 
 
 def _key(config: ClassImagesConfig, identity: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    # What is not given has no part in the name: a setting that comes later leaves the folders of today where they are.
+    given = {name: value for name, value in identity.items() if value is not None}
+    digest = hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
     return f"{safe_name(config.class_prompt, 40)}-{digest[:8]}"
 
 

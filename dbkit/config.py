@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from dbkit.settings import Settings, setting
-from dbkit.train_config import DEVICES, PRECISIONS, TrainConfig
+from dbkit.train_config import CLIP_SKIP, DEVICES, PRECISIONS, TrainConfig
 
 FRAMINGS = Literal["center", "random", "face", "none"]
 # What the doctor finds in an image or caption that may harm, and that only the user can judge.
@@ -133,6 +133,7 @@ class ClassImagesConfig(Settings):
     num_inference_steps: int = setting(25, "denoising steps for each image", min=1, max=1000)
     seed: int = setting(0, "image i is drawn from a generator keyed by (seed, i)", min=0, max=2**63 - 1)
     revision: str | None = setting(None, "branch, tag or commit of a Hugging Face model", advanced=True)
+    clip_skip: int | None = setting(None, CLIP_SKIP, min=1, max=12, advanced=True)
     mixed_precision: PRECISIONS = setting(
         "auto", "arithmetic: auto takes bf16 or fp16 where the GPU is good at it", advanced=True
     )
@@ -167,6 +168,7 @@ class PreviewConfig(Settings):
     )
     num_inference_steps: int = setting(25, "denoising steps for each picture", min=1, max=1000)
     resolution: int | None = setting(None, "side of the pictures, in pixels; empty: the model's own", min=8, max=4096)
+    clip_skip: int | None = setting(None, CLIP_SKIP, min=1, max=12, advanced=True)
     sample_batch_size: int = setting(4, "pictures made at once", min=1, max=256, advanced=True)
     mixed_precision: PRECISIONS = setting(
         "auto", "arithmetic: auto takes bf16 or fp16 where the GPU is good at it", advanced=True

@@ -110,7 +110,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     dino = _Dino(config.dino or (embedded.DINO if small else "facebook/dino-vits16"), device)
     # CLIP has never heard of the identifier: its text names the class alone.
     texts = [_without_identifier(prompt, config.instance_prompt, config.class_prompt) for prompt in prompts]
-    origin = {name: run.get(name) for name in ("revision", "tokenizer_name")}
+    origin = {name: run.get(name) for name in ("revision", "tokenizer_name", "clip_skip")}
     pictures = [
         _samples(config, prompts, side, device, dtype, *which)
         for which in ((config.pretrained_model_name_or_path, origin), (config.model, {}))

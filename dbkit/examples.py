@@ -21,8 +21,11 @@ from dbkit.images import (
     View,
     crop_place,
     is_text,
+    is_transparent,
     list_images,
     printable,
+    read_image,
+    read_mask,
     read_usable,
 )
 from dbkit.report import backgrounds
@@ -34,7 +37,7 @@ class Example:
     """One training image: checked, not held in memory. sha256 is that of the file.
 
     size is (width, height) in pixels as it is trained, kept the share of the picture that its crop leaves, scale how
-    much larger it is made for that.
+    much larger it is made for that. mask is the picture that says what counts, itself if it is transparent in places.
     """
 
     path: Path
@@ -45,6 +48,8 @@ class Example:
     concept: int = 0
     kept: float = 1.0
     scale: float = 1.0
+    mask: Path | None = None
+    mask_sha256: str = ""
 
     @property
     def prompt(self) -> str:
@@ -61,7 +66,33 @@ def instance_examples(config: TrainConfig, concepts: list[Concept]) -> list[Exam
     for number, concept in enumerate(concepts):
         paths = _training_images(concept.instance_data_dir)
         examples += _checked_examples(paths, _prompts(config, concept, paths), config, number)
-    return examples
+    return _masked(examples) if config.masked_loss else examples
+
+
+def _masked(examples: list[Example]) -> list[Example]:
+    """The examples with their masks. Raises DbkitError if there is none at all, or one of another shape."""
+    found, misfits = [], []
+    for example in examples:
+        files = [example.path.parent / "masks" / f"{name}.png" for name in (example.path.stem, example.path.name)]
+        mask = next((path for path in files if path.is_file()), None)
+        mask = mask or (example.path if is_transparent(example.path) else None)
+        if mask and not _same_shape(read_image(example.path).size, read_mask(mask).size):
+            misfits.append(example.path.name)
+        found.append(dataclasses.replace(example, mask=mask, mask_sha256=sha256(mask) if mask else ""))
+    if misfits:
+        raise DbkitError(f"{len(misfits)} masks have another shape than their images ({some(misfits)}); make them anew")
+    if not any(example.mask for example in found):
+        name = examples[0].path
+        raise DbkitError(
+            f"masked_loss needs masks, and no image has one; put masks/{name.stem}.png beside {name.name}, white where "
+            "the subject is, or take pictures with transparent backgrounds"
+        )
+    return found
+
+
+def _same_shape(one: tuple[int, int], two: tuple[int, int]) -> bool:
+    """Whether two sizes differ by no more than a pixel's rounding once they are brought to one scale."""
+    return abs(one[0] * two[1] - one[1] * two[0]) <= max(*one, *two)
 
 
 def class_examples(config: TrainConfig, concept: Concept, paths: list[Path], number: int = 0) -> list[Example]:
@@ -159,6 +190,7 @@ def fingerprint(examples: list[Example]) -> str:
     facts = [
         (example.sha256, example.prompts, [dataclasses.astuple(view) for view in example.views], example.size)
         + ((example.concept,) if example.concept else ())
+        + ((example.mask_sha256,) if example.mask_sha256 else ())
         for example in examples
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -180,6 +212,10 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     kept = sum(example.kept for example in examples) / len(examples)
     lines.append(f"trained as {sizes}; the crops keep {kept:.0%} of the pictures")
     lines += _versions(examples)
+    whole = [example.path.name for example in examples if not example.mask]
+    if len(whole) < len(examples):
+        rest = f"; these count whole: {some(whole)}" if whole else ""
+        lines.append(f"{len(examples) - len(whole)} images have a mask{rest}")
     # A tenth more is not seen.
     if small := [example.path.name for example in examples if example.scale > 1.1]:
         lines.append(f"{len(small)} images are enlarged to that and look soft: {some(small)}")

@@ -6,9 +6,10 @@ import hashlib
 import math
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dbkit import draws
 from dbkit.errors import DbkitError
@@ -16,6 +17,7 @@ from dbkit.errors import DbkitError
 if TYPE_CHECKING:
     from PIL import Image
 
+Decoded = TypeVar("Decoded")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic", ".heif"})
 # 100 million pixels: every camera's photograph passes, and decoding one takes at most 400 MB.
 MAX_PIXELS = 100_000_000
@@ -68,6 +70,32 @@ def read_image(path: Path) -> Image.Image:
 
     Raises DbkitError when the file is not an image, is damaged, or has more than MAX_PIXELS pixels.
     """
+    return _decoded(path, _to_rgb)
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask of 8-bit greys, upright: the opacity of a picture that is transparent in places, else its light.
+
+    Raises DbkitError as read_image() does.
+    """
+    return _decoded(path, lambda image: _opacity(image) if _is_transparent(image) else _to_rgb(image).convert("L"))
+
+
+def is_transparent(path: Path) -> bool:
+    """Whether a picture has places that are not opaque."""
+    return _decoded(path, _is_transparent)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.has_transparency_data and _opacity(image).getextrema()[0] < 255
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A")
+
+
+def _decoded(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
+    """What convert() makes of the image once it is decoded and upright."""
     from PIL import ExifTags, Image
 
     try:
@@ -81,7 +109,7 @@ def read_image(path: Path) -> Image.Image:
                 image.load()
                 # ImageOps.exif_transpose would also write the EXIF anew, which fails on the odd tags of some cameras.
                 turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-                return _to_rgb(image.transpose(Image.Transpose[turn]) if turn else image)
+                return convert(image.transpose(Image.Transpose[turn]) if turn else image)
     except Image.DecompressionBombError as error:
         raise DbkitError(f"{path.name} has far too many pixels; make it smaller than 100 million") from error
     except (

@@ -48,10 +48,15 @@ def _alpha_sigma(timesteps: torch.Tensor, alphas_cumprod: torch.Tensor) -> tuple
 
 
 def per_sample_loss(
-    model_pred: torch.Tensor, target: torch.Tensor, loss_type: str = "mse", huber_delta: float = 0.1
+    model_pred: torch.Tensor,
+    target: torch.Tensor,
+    loss_type: str = "mse",
+    huber_delta: float = 0.1,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean error of each sample, shape (B,), computed in fp32 whatever the inputs are.
 
+    With weights of shape (B, 1, H, W) it is the weighted mean, so that a small mask counts as much as a large one.
     loss_type is mse, l1, or huber: half the square up to huber_delta, linear beyond it (torch's huber_loss).
     """
     from torch.nn import functional
@@ -61,7 +66,9 @@ def per_sample_loss(
         errors = functional.huber_loss(pred, target, reduction="none", delta=huber_delta)
     else:
         errors = (pred - target).abs() if loss_type == "l1" else (pred - target).square()
-    return errors.flatten(1).mean(1)
+    if weights is None:
+        return errors.flatten(1).mean(1)
+    return (errors.mean(1, keepdim=True) * weights).flatten(1).sum(1) / weights.flatten(1).sum(1)
 
 
 def snr_weights(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
 from dbkit.files import full_disk_is_a_sentence, sha256, share, write_text
 from dbkit.libraries import hub_options, loading, quiet
+from dbkit.text import check_clip_skip, clip_skip_of
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ class Facts:
     vae_scale_factor: int
     resolution: int
     prediction_type: str
+    text_layers: int
 
     @property
     def size_factor(self) -> int:
@@ -73,7 +76,13 @@ class Models:
     def facts(self) -> Facts:
         """The same facts that model_facts() reads from a folder."""
         side = self.unet.config.sample_size * self.vae_scale_factor
-        return Facts(self.vae_scale_factor, side, self.noise_scheduler.config.prediction_type)
+        layers = self.text_encoder.config.num_hidden_layers
+        return Facts(self.vae_scale_factor, side, self.noise_scheduler.config.prediction_type, layers)
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net also reads a mask and the latents of what the mask leaves: 9 channels instead of 4."""
+        return _inpaints(self.unet.config, self.vae.config)
 
 
 def model_facts(name_or_path: str | Path) -> Facts | None:
@@ -102,16 +111,12 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
             f"the model folder {folder} lacks {', '.join(missing)}; copy the model again, or convert the "
             "original file again"
         )
-    vae, unet, scheduler = (read_config(folder, part) for part in ("vae", "unet", "scheduler"))
+    vae, unet, scheduler, text = (read_config(folder, part) for part in ("vae", "unet", "scheduler", "text_encoder"))
     try:
-        if unet["in_channels"] != vae["latent_channels"]:
-            raise DbkitError(
-                f"{folder} is an inpainting model ({unet['in_channels']} input channels), which dbkit "
-                "cannot train yet; "
-                "take the plain model of the same family"
-            )
+        _inpaints(unet, vae)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        facts = Facts(factor, unet["sample_size"] * factor, scheduler.get("prediction_type", "epsilon"))
+        prediction_type, layers = scheduler.get("prediction_type", "epsilon"), text.get("num_hidden_layers", 12)
+        facts = Facts(factor, unet["sample_size"] * factor, prediction_type, layers)
     except (KeyError, TypeError) as error:
         raise DbkitError(
             f"the settings of {folder} are not those of a model ({error}); copy the model again"
@@ -119,6 +124,17 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
     if facts.prediction_type not in ("epsilon", "v_prediction"):
         raise DbkitError(f"{folder} predicts {facts.prediction_type!r}; dbkit trains models of epsilon or v_prediction")
     return facts
+
+
+def _inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
+    """Whether these settings are of an inpainting model. Raises DbkitError where the two do not fit together."""
+    channels, latent = unet["in_channels"], vae["latent_channels"]
+    if channels not in (latent, 2 * latent + 1):
+        raise DbkitError(
+            f"the U-Net has {channels} input channels and the VAE {latent}; dbkit trains plain models ({latent}) and "
+            f"inpainting models ({2 * latent + 1})"
+        )
+    return channels != latent
 
 
 def _require_hub_id(name: str) -> None:
@@ -185,10 +201,12 @@ def load_models(
     revision: str | None = None,
     tokenizer_name: str | None = None,
     vae_name: str | None = None,
+    clip_skip: int | None = None,
 ) -> Models:
     """Load the parts in fp32 on the CPU. The U-Net and the text encoder are in training mode off.
 
-    tokenizer_name and vae_name are folders or Hugging Face ids of others, in place of the model's own.
+    tokenizer_name and vae_name are folders or Hugging Face ids of others, in place of the model's own; clip_skip is
+    noted in the text encoder's settings.
     Raises DbkitError when a part is missing, damaged or cannot be downloaded.
     """
     with quiet():
@@ -215,6 +233,8 @@ def load_models(
     for module in (text_encoder, vae, unet):
         module.float().eval().requires_grad_(False)
     _check_family(models, name_or_path)
+    check_clip_skip(clip_skip, text_encoder.config.num_hidden_layers)
+    text_encoder.config.clip_skip = clip_skip or clip_skip_of(text_encoder.config)
     return models
 
 
@@ -267,10 +287,7 @@ def _check_family(models: Models, name: str | Path) -> None:
             f"{name} does not fit together: its U-Net expects text states of width {unet.cross_attention_dim}, "
             f"its text encoder gives {text}; take both from one model"
         )
-    if unet.in_channels != models.vae.config.latent_channels:
-        raise DbkitError(
-            f"{name} has {unet.in_channels} input channels, as inpainting models have; dbkit cannot train those yet"
-        )
+    _inpaints(unet, models.vae.config)
     vocabulary = models.text_encoder.config.vocab_size
     if len(models.tokenizer) > vocabulary:
         raise DbkitError(
@@ -300,7 +317,7 @@ def _model_index(models: Models) -> dict[str, Any]:
     import diffusers
 
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInpaintPipeline" if models.inpaints else "StableDiffusionPipeline",
         "_diffusers_version": diffusers.__version__,
         "feature_extractor": [None, None],
         "requires_safety_checker": False,

@@ -46,7 +46,10 @@ def make_optimizer(
 
     rates = {"text_encoder": config.text_encoder_learning_rate or config.learning_rate}
     parameters = [
-        {"params": list(module.parameters()), "factor": rates.get(part, config.learning_rate) / config.learning_rate}
+        {
+            "params": [p for p in module.parameters() if p.requires_grad],
+            "factor": rates.get(part, config.learning_rate) / config.learning_rate,
+        }
         for part, module in trained.items()
     ]
 

@@ -22,6 +22,7 @@ from dbkit.optimizers import probe_8bit_adam
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import check_same_run, identity_of, newest_state
+from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
 
@@ -49,6 +50,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)
+    check_clip_skip(config.clip_skip, facts and facts.text_layers)
     if config.use_aspect_ratio_bucket:
         _check_buckets(config, facts)
     if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():

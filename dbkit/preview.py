@@ -17,6 +17,7 @@ from dbkit.libraries import choose_device, choose_dtype
 from dbkit.models import Models, check_resolution, load_models, model_facts
 from dbkit.sampling import Shot, borrowed, place, sample
 from dbkit.settings import configured_by
+from dbkit.text import check_clip_skip
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +58,10 @@ def preview(config: PreviewConfig) -> Preview:
     facts = model_facts(config.model)
     if config.resolution:
         check_resolution(config.resolution, facts)
+    check_clip_skip(config.clip_skip, facts and facts.text_layers)
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    models = load_models(config.model)
+    models = load_models(config.model, clip_skip=config.clip_skip)
     place(models, device, dtype)
     return make_preview(
         models,

@@ -6,10 +6,11 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbkit.libraries import quiet
 from dbkit.models import Models
+from dbkit.text import encode_prompts, tokenize
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,22 +43,37 @@ def sample(
 
     made = pipeline(models)
     width, height = size
-    shape = (models.unet.config.in_channels, height // models.vae_scale_factor, width // models.vae_scale_factor)
+    shape = (models.vae.config.latent_channels, height // models.vae_scale_factor, width // models.vae_scale_factor)
     for guidance_scale, group in itertools.groupby(shots, key=lambda shot: shot.guidance_scale):
         for batch in _batches(list(group), batch_size):
             noise = [torch.from_numpy(shot.random.standard_normal(shape)) for shot in batch]
             with torch.no_grad(), autocast(models.unet.device, dtype), quiet():
                 pictures = made(
-                    prompt=[shot.prompt for shot in batch],
-                    negative_prompt=[shot.negative_prompt for shot in batch],
+                    prompt_embeds=_states(models, [shot.prompt for shot in batch]),
+                    negative_prompt_embeds=_states(models, [shot.negative_prompt for shot in batch]),
                     latents=torch.stack(noise).to(models.unet.device, models.unet.dtype),
                     guidance_scale=guidance_scale,
                     num_inference_steps=steps,
                     height=height,
                     width=width,
+                    **(_all_hidden(models, len(batch), size) if models.inpaints else {}),
                 ).images
             # Outside the block: a caller may stop here for good, and must not inherit no_grad and autocast.
             yield from pictures
+
+
+def _states(models: Models, prompts: list[str]) -> torch.Tensor:
+    """Text states as training gives them; the pipeline's own way with clip_skip fails with transformers 5."""
+    return encode_prompts(models.text_encoder, tokenize(models.tokenizer, prompts).to(models.text_encoder.device))
+
+
+def _all_hidden(models: Models, count: int, size: tuple[int, int]) -> dict[str, Any]:
+    """What makes an inpainting model draw a whole picture: a mask that hides everything, and nothing left to see."""
+    import torch
+
+    grey = torch.zeros(count, 3, size[1], size[0], device=models.vae.device, dtype=models.vae.dtype)
+    left = models.vae.encode(grey).latent_dist.mode() * models.vae.config.scaling_factor
+    return {"image": grey, "mask_image": torch.ones_like(grey[:, :1]), "masked_image_latents": left, "strength": 1.0}
 
 
 def _batches(items: list, size: int) -> Iterator[list]:
@@ -75,9 +91,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def pipeline(models: Models) -> StableDiffusionPipeline:
     """diffusers' own pipeline over the live modules: nothing is copied, so a preview costs no second model."""
     with quiet():
-        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline
 
-        made = StableDiffusionPipeline(
+        made = (StableDiffusionInpaintPipeline if models.inpaints else StableDiffusionPipeline)(
             vae=models.vae,
             text_encoder=models.text_encoder,
             tokenizer=models.tokenizer,

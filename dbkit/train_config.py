@@ -12,6 +12,7 @@ SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "co
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
 LATER = "later version of dbkit"
+CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; empty: what the model says, mostly 1"
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,13 @@ class TrainConfig(Settings):
         max=1,
         advanced=True,
     )
+    stop_text_encoder_training: float | None = setting(
+        None,
+        "the text encoder is trained up to this step (below 1: this part of all steps), then rests, which spares it and frees memory; empty: to the end",
+        above=0,
+        fixed=True,
+        advanced=True,
+    )
     num_train_epochs: int = setting(
         100,
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
@@ -261,6 +269,28 @@ class TrainConfig(Settings):
     huber_delta: float = setting(
         0.1, "error from which the Huber loss is linear", above=0, max=10, fixed=True, advanced=True
     )
+    masked_loss: bool = setting(
+        False,
+        "learn what a mask shows: masks/NAME.png beside the image (white counts, black does not), or the image's own transparency",
+        fixed=True,
+        advanced=True,
+    )
+    unmasked_weight: float = setting(
+        0.1,
+        "how much counts what the mask hides; 0 leaves the model free to forget what backgrounds are",
+        min=0,
+        max=1,
+        fixed=True,
+        advanced=True,
+    )
+    inpainting_masks: int = setting(
+        8,
+        "versions of each image with a part hidden that an inpainting model learns from; a quarter of them hides all",
+        min=1,
+        max=64,
+        fixed=True,
+        advanced=True,
+    )
     learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1)
     lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps", advanced=True)
     lr_warmup_steps: int = setting(
@@ -299,6 +329,20 @@ class TrainConfig(Settings):
     )
     max_grad_norm: float = setting(
         1.0, "gradients are scaled down to this global norm", above=0, advanced=True, fixed=True
+    )
+    use_ema: bool = setting(
+        False,
+        "save and sample the moving average of the weights, which is steadier; needs memory for one more copy",
+        fixed=True,
+        advanced=True,
+    )
+    ema_decay: float = setting(
+        0.9999,
+        "most that the average keeps at a step; it begins at 2/11 and grows as (1 + step) / (10 + step)",
+        above=0,
+        max=0.999999,
+        fixed=True,
+        advanced=True,
     )
     save_model_every_n_steps: int | None = setting(
         200,
@@ -352,6 +396,20 @@ class TrainConfig(Settings):
     tokenizer_name: str | None = setting(
         None, "tokenizer folder or Hugging Face id, if not the base model's", advanced=True, fixed=True
     )
+    clip_skip: int | None = setting(
+        None,
+        CLIP_SKIP,
+        min=1,
+        max=12,
+        advanced=True,
+        fixed=True,
+    )
+    pad_tokens: bool = setting(
+        True,
+        "read each prompt with its padding, as user interfaces do; off: its own tokens alone, as some scripts train",
+        advanced=True,
+        fixed=True,
+    )
     device: DEVICES = setting("auto", "where to compute: auto takes a GPU if there is one", advanced=True)
     log_with: Literal["none", "tensorboard", "wandb"] = setting(
         "none",
@@ -391,6 +449,21 @@ class TrainConfig(Settings):
             return ["huber_delta has no effect without loss_type huber; choose that or leave huber_delta out"]
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
+        if self.stop_text_encoder_training and not self.train_text_encoder:
+            return ["stop_text_encoder_training has no effect without train_text_encoder; turn that on"]
+        if (
+            self.stop_text_encoder_training
+            and self.stop_text_encoder_training % 1
+            and self.stop_text_encoder_training > 1
+        ):
+            return [
+                f"stop_text_encoder_training is {self.stop_text_encoder_training}; write a whole step, or a part of all "
+                "steps below 1"
+            ]
+        if self.unmasked_weight != type(self).unmasked_weight and not self.masked_loss:
+            return ["unmasked_weight has no effect without masked_loss; turn that on or leave unmasked_weight out"]
+        if self.ema_decay != type(self).ema_decay and not self.use_ema:
+            return ["ema_decay has no effect without use_ema; turn that on or leave ema_decay out"]
         if not self.use_aspect_ratio_bucket:
             limits = ("bucket_max_area", "bucket_step", "bucket_min_side", "bucket_max_side")
             if given := [name for name in limits if getattr(self, name)]:

@@ -51,6 +51,17 @@ def v_model(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def inpainting_model(model, tmp_path_factory) -> Path:
+    """The same model with a U-Net that also reads a mask and the latents of what the mask leaves: 9 channels."""
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "small-inpainting")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        config = json.loads((folder / "unet" / "config.json").read_text())
+        UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.fixture
 def copied(model, tmp_path):
     """A copy of the small model that a test may change."""

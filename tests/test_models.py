@@ -35,7 +35,7 @@ def change_json(path, **changes):
 
 
 def test_a_model_folder_tells_its_facts(model, v_model):
-    assert model_facts(model) == Facts(vae_scale_factor=8, resolution=64, prediction_type="epsilon")
+    assert model_facts(model) == Facts(vae_scale_factor=8, resolution=64, prediction_type="epsilon", text_layers=2)
     assert model_facts(v_model).prediction_type == "v_prediction"
     assert load_models(model).facts == model_facts(model)
 
@@ -101,9 +101,10 @@ def test_settings_that_lack_what_a_model_has_are_refused(copied):
         model_facts(copied)
 
 
-def test_inpainting_folders_are_refused(copied):
-    change_json(copied / "unet" / "config.json", in_channels=9)
-    with pytest.raises(DbkitError, match=r"is an inpainting model \(9 input channels\)"):
+def test_an_unet_of_other_channels_is_refused(copied):
+    change_json(copied / "unet" / "config.json", in_channels=5)
+    expected = r"the U-Net has 5 input channels and the VAE 4; dbkit trains plain models \(4\) and inpainting"
+    with pytest.raises(DbkitError, match=expected):
         model_facts(copied)
 
 
@@ -139,8 +140,8 @@ def test_an_unet_of_another_text_width_is_refused(copied):
 def test_an_unet_with_more_input_channels_than_latents_is_refused(model):
     models = load_models(model)
     with torch.random.fork_rng(devices=[]):
-        models.unet = UNet2DConditionModel.from_config({**models.unet.config, "in_channels": 9})
-    with pytest.raises(DbkitError, match="owner/name has 9 input channels, as inpainting models have"):
+        models.unet = UNet2DConditionModel.from_config({**models.unet.config, "in_channels": 8})
+    with pytest.raises(DbkitError, match="the U-Net has 8 input channels and the VAE 4"):
         _check_family(models, "owner/name")
 
 

@@ -1,5 +1,6 @@
 """A run goes on only from a state that is its own."""
 
+import json
 import shutil
 
 import pytest
@@ -26,6 +27,17 @@ def test_a_run_goes_on_beside_another_that_asked_for_more_of_the_same_class_imag
     train(**prior)
     train(**{**prior, "num_class_images": 2, "output_dir": tmp_path / "other"})
     assert train(**{**prior, "max_train_steps": 3}) == settings["output_dir"] / "model"
+
+
+def test_a_setting_that_is_newer_than_the_state_is_as_if_it_had_its_default(config):
+    train(config)
+    (path,) = config.output_dir.glob("resume/*/manifest.json")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    del manifest["facts"]["settings"]["use_ema"]
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(DbkitError, match="do not continue: use_ema was False and is True"):
+        train(config, max_train_steps=3, use_ema=True)
+    train(config, max_train_steps=3)
 
 
 def test_a_folder_of_pictures_is_not_taken_for_a_run(settings, photos, tmp_path):

@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_photo
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import compute_snr
-from PIL import Image, ImageOps
+from diffusers import DDPMScheduler, StableDiffusionInpaintPipeline, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image, ImageDraw
+from reference import PROMPTS, reference_losses
 from safetensors.torch import load_file, save_file
-from torch.nn.modules.module import register_module_forward_pre_hook
-from transformers import CLIPTextModel, CLIPTokenizer
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from transformers import CLIPTextModel
 
-from dbkit import DbkitError, TrainConfig, draws, train
+from dbkit import DbkitError, TrainConfig, train
 from dbkit.checkpoint import find_fault
 from dbkit.models import WEIGHTS, load_models, read_weights
 from dbkit.settings import replace
+from dbkit.text import clip_skip_of
 
 
 @pytest.fixture
@@ -118,60 +119,6 @@ def assert_same_run(one: Path, two: Path):
 # The loss.
 
 
-# Of the photographs and the class images that the fixtures draw.
-PROMPTS = dict.fromkeys(("crimson.png", "gold.png", "teal.png"), "photo of zwx thing")
-PROMPTS |= dict.fromkeys(("navy.png", "olive.png"), "photo of a thing")
-
-
-def reference_losses(config: TrainConfig, prompts: dict[str, str], step: int = 1) -> list[float]:
-    """Loss, instance loss and class loss of one step, one sample at a time, by diffusers' own scheduler."""
-    folder = config.pretrained_model_name_or_path
-    tokenizer = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")
-    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
-    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
-    rescaled = {"rescale_betas_zero_snr": config.rescale_zero_terminal_snr}
-    scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", **rescaled)
-    is_v = scheduler.config.prediction_type == "v_prediction"
-
-    @torch.no_grad()
-    def sample_loss(role: str, images: Path, sample: int) -> float:
-        paths = sorted(images.glob("*.png"))
-        order = (step - 1) * config.train_batch_size + sample
-        path = paths[draws.index(config.seed, f"{role} order", len(paths), order)]
-        random = draws.generator(config.seed, role, step, sample)
-        timestep = torch.tensor([int(random.integers(1000))])
-        count = 3 if config.input_perturbation else 2
-        noise, latent_noise, *more = torch.from_numpy(random.standard_normal((count, 1, 4, 8, 8), dtype=np.float32))
-        if config.noise_offset:
-            noise = noise + config.noise_offset * torch.from_numpy(random.standard_normal((4, 1, 1), dtype=np.float32))
-        input_noise = noise + config.input_perturbation * more[0] if more else noise
-        image = ImageOps.fit(Image.open(path), (64, 64), Image.Resampling.LANCZOS)
-        posterior = vae.encode(torch.tensor(np.asarray(image)).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist
-        latents = (posterior.mean + posterior.std * latent_noise) * vae.config.scaling_factor
-        target = scheduler.get_velocity(latents, noise, timestep) if is_v else noise
-        ids = tokenizer(prompts[path.name], padding="max_length", max_length=77, return_tensors="pt").input_ids
-        states = text_encoder(ids).last_hidden_state
-        model_pred = unet(scheduler.add_noise(latents, input_noise, timestep), timestep, states).sample
-        error = (model_pred - target).abs().double()
-        if config.loss_type == "huber":
-            error = torch.where(error <= config.huber_delta, error**2 / 2, config.huber_delta * error - 0.005)
-        elif config.loss_type == "mse":
-            error = error**2
-        weight = 1.0
-        if config.min_snr_gamma:
-            snr = float(compute_snr(scheduler, timestep))
-            weight = min(snr, config.min_snr_gamma) / (snr + 1 if is_v else snr)
-        return float(error.mean()) * weight
-
-    def mean_loss(role: str, images: Path) -> float:
-        return sum(sample_loss(role, images, n) for n in range(config.train_batch_size)) / config.train_batch_size
-
-    instance_loss = mean_loss("instance", config.instance_data_dir)
-    class_loss = mean_loss("class", config.class_data_dir) if config.with_prior_preservation else 0.0
-    return [instance_loss + config.prior_loss_weight * class_loss, instance_loss, class_loss]
-
-
 def first_losses(config: TrainConfig) -> list[float]:
     line = log_of(train(config, max_train_steps=1).parent)[0]
     return [line["loss"], line["instance_loss"], line["class_loss"]]
@@ -232,6 +179,74 @@ def test_every_objective_equals_a_slow_reference(request, settings, prior, kind,
         replace(config, **{name: TrainConfig.__dataclass_fields__[name].default for name in objective}), PROMPTS
     )
     assert expected[0] != pytest.approx(plain[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"clip_skip": 2}, {"pad_tokens": False}], ids=["clip_skip", "pad_tokens"])
+def test_prompts_are_read_as_a_slow_reference_reads_them(settings, prior, change):
+    config = TrainConfig(**{**settings, **prior, **change, "train_batch_size": 3})
+    expected = reference_losses(config)
+    assert first_losses(config) == pytest.approx(expected, rel=1e-4)
+    usual = reference_losses(replace(config, clip_skip=None, pad_tokens=True))
+    assert expected != pytest.approx(usual, rel=1e-3)
+
+
+@pytest.fixture
+def masks(photos) -> dict:
+    """A mask beside one photograph, one photograph with a transparent background, one without either."""
+    for name, box in (("crimson", (0, 0, 40, 79)), ("gold", None)):
+        with Image.open(photos / f"{name}.png") as image:
+            mask = Image.new("L", image.size, 0 if box else 128)
+            if box:
+                (photos / "masks").mkdir()
+                ImageDraw.Draw(mask).rectangle(box, fill=255)
+                mask.save(photos / "masks" / f"{name}.png")
+            else:
+                ImageDraw.Draw(mask).ellipse((20, 10, 70, 70), fill=255)
+                image.putalpha(mask)
+                image.save(photos / f"{name}.png")
+    return {"masked_loss": True, "unmasked_weight": 0.2}
+
+
+def test_a_masked_loss_equals_a_slow_reference(settings, prior, masks):
+    config = TrainConfig(**{**settings, **prior, **masks, "train_batch_size": 3, "min_snr_gamma": 1.0})
+    expected = reference_losses(config)
+    assert first_losses(config) == pytest.approx(expected, rel=1e-4)
+    assert expected[1] != pytest.approx(reference_losses(replace(config, unmasked_weight=1.0))[1], rel=1e-3)
+
+
+def test_what_a_mask_hides_does_not_count(settings, photos, tmp_path):
+    """With unmasked_weight 0 the gradient of the output is zero wherever the mask is black."""
+    for path in photos.glob("*.png"):
+        (photos / "masks").mkdir(exist_ok=True)
+        mask = Image.new("L", (96, 80), 0)
+        mask.paste(255, (0, 0, 48, 80))
+        mask.save(photos / "masks" / path.name)
+    gradients = []
+
+    def watch(module, inputs, output):
+        if isinstance(module, UNet2DConditionModel) and module.training:
+            output.sample.register_hook(gradients.append)
+
+    handle = register_module_forward_hook(watch)
+    try:
+        train(**{**settings, "masked_loss": True, "unmasked_weight": 0, "max_train_steps": 1})
+    finally:
+        handle.remove()
+    (gradient,) = gradients
+    # Resizing lets a little of the white through.
+    assert float(gradient[..., :4].abs().max()) > 100 * float(gradient[..., 4:].abs().max())
+
+
+def test_an_inpainting_model_trains_as_a_slow_reference_and_keeps_its_kind(settings, inpainting_model, prior, tmp_path):
+    changes = {"pretrained_model_name_or_path": str(inpainting_model), "train_batch_size": 3, "auto_test_model": True}
+    config = TrainConfig(**{**settings, **prior, **changes})
+    assert first_losses(config) == pytest.approx(reference_losses(config), rel=1e-4)
+    pipeline = StableDiffusionInpaintPipeline.from_pretrained(config.output_dir / "model", local_files_only=True)
+    assert pipeline.unet.config.in_channels == 9
+    assert json.loads((config.output_dir / "model" / "model_index.json").read_text())["_class_name"] == (
+        "StableDiffusionInpaintPipeline"
+    )
+    assert (config.output_dir / "previews" / "step_000001.png").is_file()
 
 
 def test_zero_terminal_snr_is_refused_for_a_model_that_predicts_noise(config):
@@ -325,12 +340,31 @@ def test_accumulated_passes_equal_one_batch_with_every_option_of_the_data(settin
 
 @pytest.mark.parametrize(
     "extra",
-    [{}, {"with": "prior"}, {"train_text_encoder": True}, {"gradient_accumulation_steps": 2}, {"with": "mixed"}],
-    ids=["plain", "prior", "text encoder", "accumulation", "buckets, augmentation, tags, two concepts"],
+    [
+        {},
+        {"with": "prior"},
+        {"train_text_encoder": True, "clip_skip": 2},
+        {"gradient_accumulation_steps": 2},
+        {"with": "mixed"},
+        {"train_text_encoder": True, "stop_text_encoder_training": 5, "use_ema": True},
+        {"with": "masked inpainting"},
+    ],
+    ids=[
+        "plain",
+        "prior",
+        "text encoder",
+        "accumulation",
+        "buckets, augmentation, tags, two concepts",
+        "averages, and a text encoder that rests after step 5",
+        "masked inpainting",
+    ],
 )
 def test_resumed_run_equals_straight_run(request, settings, tmp_path, extra):
     extra = dict(extra)
-    if "with" in extra:
+    if extra.get("with") == "masked inpainting":
+        model = str(request.getfixturevalue("inpainting_model"))
+        extra = {**request.getfixturevalue("masks"), "pretrained_model_name_or_path": model}
+    elif "with" in extra:
         extra = request.getfixturevalue(extra["with"])
     config = TrainConfig(**{**settings, **extra, "learning_rate": 1e-3, "log_interval": 2})
     straight, once, twice = (tmp_path / name for name in ("straight", "once", "twice"))
@@ -786,6 +820,73 @@ def test_the_text_encoder_learns_at_its_own_rate(settings, tmp_path):
             moved[name, part] = max(float((after[key] - before[key]).abs().max()) for key in before)
     assert moved["slower", "text_encoder"] < 0.05 * moved["same", "text_encoder"]
     assert moved["slower", "unet"] == pytest.approx(moved["same", "unet"], rel=0.5)
+
+
+def weights_after(settings: dict, steps: int, tmp_path: Path, part: str = "unet") -> dict:
+    model = train(**{**settings, "output_dir": tmp_path / f"{steps} steps", "max_train_steps": steps})
+    return read_weights(model, part)
+
+
+def test_the_average_of_the_weights_is_what_is_saved(settings, model, tmp_path):
+    settings = {**settings, "learning_rate": 1e-3}
+    averages = read_weights(model, "unet")
+    for step in (1, 2, 3):
+        decay = min(0.3, (1 + step) / (10 + step))
+        weights = weights_after(settings, step, tmp_path)
+        averages = {name: decay * averages[name] + (1 - decay) * weights[name] for name in weights}
+    run = tmp_path / "averaged"
+    made = train(**{**settings, "output_dir": run, "max_train_steps": 3}, use_ema=True, ema_decay=0.3)
+    saved, state = read_weights(made, "unet"), state_of(run)
+    for name, average in averages.items():
+        torch.testing.assert_close(saved[name], average)
+        assert torch.equal(state[f"ema_unet/{name}"], saved[name])
+        assert torch.equal(state[f"unet/{name}"], weights[name])
+    assert distance(saved, weights) > 0.1 * distance(weights, read_weights(model, "unet"))
+
+
+@pytest.mark.parametrize("stop", [2, 0.5])
+def test_the_text_encoder_rests_after_its_last_step(settings, tmp_path, stop):
+    settings = {**settings, "train_text_encoder": True, "learning_rate": 1e-3}
+    at_two, unet_at_two = (weights_after(settings, 2, tmp_path, part) for part in ("text_encoder", "unet"))
+    run = tmp_path / "stopped"
+    made = train(**{**settings, "output_dir": run, "max_train_steps": 4}, stop_text_encoder_training=stop)
+    assert_equal(read_weights(made, "text_encoder"), at_two)
+    assert distance(read_weights(made, "unet"), unet_at_two) > 0
+    moments = torch.load(next((run / "resume").iterdir()) / "optimizer.pt", weights_only=True)["state"]
+    # What the optimizer knew of it is gone; the U-Net's comes first.
+    assert set(moments) == set(range(len(unet_at_two)))
+
+
+def test_what_rests_keeps_its_averages_so_that_the_unet_learns_to_read_them(settings, tmp_path):
+    settings = {**settings, "train_text_encoder": True, "use_ema": True, "learning_rate": 1e-3}
+    at_two = weights_after(settings, 2, tmp_path, "text_encoder")
+    made = train(**{**settings, "max_train_steps": 4}, stop_text_encoder_training=2)
+    assert_equal(read_weights(made, "text_encoder"), at_two)
+    state = state_of(made.parent)
+    assert all(torch.equal(state[f"text_encoder/{name}"], weight) for name, weight in at_two.items())
+
+
+def test_clip_skip_trains_no_layer_that_it_passes_over_and_is_kept_in_the_model(settings, model):
+    made = train(**settings, clip_skip=2, train_text_encoder=True)
+    before, after = (read_weights(folder, "text_encoder") for folder in (model, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert any(".layers.0." in name for name in changed) and any("final_layer_norm" in name for name in changed)
+    assert not any(".layers.1." in name for name in changed)
+    assert clip_skip_of(load_models(made).text_encoder.config) == 2
+
+
+@pytest.mark.parametrize(
+    ("clip_skip", "layers", "expected"),
+    [
+        (3, 2, "clip_skip is 3 and the text encoder has 2 layers; lower it"),
+        (2, 23, "clip_skip is 2, and the text encoder of Stable Diffusion 2 ends at its second-to-last layer already"),
+    ],
+)
+def test_a_clip_skip_that_does_not_suit_the_model_is_refused(config, copied, clip_skip, layers, expected):
+    path = copied / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_hidden_layers": layers}))
+    with pytest.raises(DbkitError, match=expected):
+        train(config, pretrained_model_name_or_path=str(copied), clip_skip=clip_skip)
 
 
 def test_another_vae_is_used_and_saved_with_the_model(settings, copied, tmp_path):

@@ -1,0 +1,103 @@
+"""What a training holds in memory and a saved state brings back: trained parts, optimizer, loss scaler, averages."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dbkit.cache import Pool
+from dbkit.checkpoint import Checkpoint, load_state, save_state
+from dbkit.ema import Ema
+from dbkit.models import Models
+from dbkit.optimizers import load_optimizer, make_optimizer, make_scaler
+from dbkit.text import encode_prompts, unused_layers
+from dbkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+_EMA = "ema_"
+
+
+@dataclass
+class State:
+    """The parts of the model, which of them are trained, and what belongs to that."""
+
+    models: Models
+    trained: dict[str, torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    dtype: torch.dtype
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that the optimizer moves."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def averaged(self) -> contextlib.AbstractContextManager:
+        """Put the averages, if there are any, where the weights are for the time of the block."""
+        return self.ema.in_place() if self.ema else contextlib.nullcontext()
+
+
+def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype) -> State:
+    """Put the trained parts on the device, ready for training; what is trained is fp32, for the optimizer needs it."""
+    trained: dict[str, torch.nn.Module] = {"unet": models.unet}
+    if config.train_text_encoder:
+        trained["text_encoder"] = models.text_encoder
+    for module in trained.values():
+        module.requires_grad_(True).train().to(device)
+        if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+        elif config.gradient_checkpointing:
+            module.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in unused_layers(models.text_encoder):
+        layer.requires_grad_(False)
+    optimizer = make_optimizer(config, trained, device)
+    ema = Ema(trained, config.ema_decay) if config.use_ema else None
+    return State(models, trained, optimizer, make_scaler(device, dtype), ema, dtype)
+
+
+def write_state(state: State, folder: Path) -> None:
+    """Write into a folder everything that a run needs to go on exactly."""
+    others = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
+    save_state(folder, state.trained, others)
+    if state.ema:
+        with state.ema.in_place():
+            save_state(folder, {part: state.trained[part] for part in state.ema.averages}, {}, _EMA)
+
+
+def read_state(state: State, saved: Checkpoint) -> None:
+    """Put a saved state in."""
+    others = load_state(saved, state.trained)
+    load_optimizer(state.optimizer, others["optimizer"])
+    if others["scaler"]:  # empty when the session before did not run in fp16
+        state.scaler.load_state_dict(others["scaler"])
+    if state.ema:
+        for part in [part for part in state.ema.averages if not (saved.folder / f"{_EMA}{part}.safetensors").is_file()]:
+            state.ema.forget(part)  # it was resting already
+        with state.ema.in_place():
+            load_state(saved, {part: state.trained[part] for part in state.ema.averages}, _EMA)
+
+
+def rest_text_encoder(state: State, pools: list[Pool]) -> list[Pool]:
+    """Train the text encoder no more, or not at all: the pools with its states, and the device free of it.
+
+    What it keeps are its averages, if there are any, so that the U-Net learns to read what is saved.
+    """
+    import torch
+
+    text_encoder = state.models.text_encoder
+    if state.ema:
+        state.ema.adopt("text_encoder")
+    text_encoder.requires_grad_(False).eval()
+    for parameter in text_encoder.parameters():
+        parameter.grad = None
+        state.optimizer.state.pop(parameter, None)
+    with torch.no_grad():
+        states = torch.cat([encode_prompts(text_encoder, row[None]) for row in pools[0].prompts])
+    text_encoder.to("cpu")
+    return [dataclasses.replace(pool, prompts=states) for pool in pools]
