@@ -20,7 +20,18 @@ from dbkit.doctor import Finding, examine
 from dbkit.errors import DbkitError
 from dbkit.faces import Box, background_box, face_place, head_box, largest_face
 from dbkit.files import one_process, safe_name, sha256, whole_file, write_text
-from dbkit.images import SUFFIXES, View, crop_place, is_hidden, list_images, read_image, read_usable, render
+from dbkit.images import (
+    SUFFIXES,
+    View,
+    crop_place,
+    is_hidden,
+    list_images,
+    mask_of,
+    read_image,
+    read_mask,
+    read_usable,
+    render,
+)
 from dbkit.measures import Measures, fingerprint, measure
 from dbkit.report import (
     REPORT,
@@ -154,6 +165,11 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
     for path in tqdm(chosen, "preparing", file=sys.stdout, mininterval=1, leave=False):
         name, image = _name(source, path), read_image(path)
         face = largest_face(image) if _wants_faces(config) else None
+        if mask := mask_of(path):
+            # Its size may be another one, its cut is the picture's.
+            _, seen, _ = next(_pictures(read_mask(mask).resize(image.size), face, name, config))
+            with whole_file(folder / "masks" / names[path]) as partial:
+                seen.save(partial, "PNG")
         for part, picture, share in _pictures(image, face, name, config):
             file = names[path] if part == "whole" else _part_name(names[path], part, taken)
             made = Kept(
@@ -321,6 +337,7 @@ def _remove_stale(destination: Path, before: list[Kept], kept: list[Kept]) -> No
         path = destination / image.file
         if path.name not in current and path.is_file() and sha256(path) == image.sha256:
             path.unlink()
+            (destination / "masks" / image.file).unlink(missing_ok=True)
             with contextlib.suppress(DbkitError):  # a text that cannot be read is not dbkit's
                 caption = caption_file(path)
                 if caption is not None and read_caption(path) == image.caption_before:

@@ -21,8 +21,8 @@ from dbkit.images import (
     View,
     crop_place,
     is_text,
-    is_transparent,
     list_images,
+    mask_of,
     printable,
     read_image,
     read_mask,
@@ -73,9 +73,7 @@ def _masked(examples: list[Example]) -> list[Example]:
     """The examples with their masks. Raises DbkitError if there is none at all, or one of another shape."""
     found, misfits = [], []
     for example in examples:
-        files = [example.path.parent / "masks" / f"{name}.png" for name in (example.path.stem, example.path.name)]
-        mask = next((path for path in files if path.is_file()), None)
-        mask = mask or (example.path if is_transparent(example.path) else None)
+        mask = mask_of(example.path)
         if mask and not _same_shape(read_image(example.path).size, read_mask(mask).size):
             misfits.append(example.path.name)
         found.append(dataclasses.replace(example, mask=mask, mask_sha256=sha256(mask) if mask else ""))

@@ -81,9 +81,11 @@ def read_mask(path: Path) -> Image.Image:
     return _decoded(path, lambda image: _opacity(image) if _is_transparent(image) else _to_rgb(image).convert("L"))
 
 
-def is_transparent(path: Path) -> bool:
-    """Whether a picture has places that are not opaque."""
-    return _decoded(path, _is_transparent)
+def mask_of(path: Path) -> Path | None:
+    """The picture that says what counts in an image: masks/NAME.png beside it, or itself if it is see-through."""
+    beside = (path.parent / "masks" / f"{name}.png" for name in (path.stem, path.name))
+    found = next((mask for mask in beside if mask.is_file()), None)
+    return found or (path if _decoded(path, _is_transparent) else None)
 
 
 def _is_transparent(image: Image.Image) -> bool:

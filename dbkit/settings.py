@@ -23,7 +23,8 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
 
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
-    between the sessions of one run), waits (why the setting is refused for now), secret (never saved).
+    between the sessions of one run), needs (the setting without which this one has no effect, "name", or
+    "name=value"), waits (why the setting is refused for now), secret (never saved).
     """
     metadata = {"help": help, **facts}
     if default is ...:
@@ -201,6 +202,23 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
             raise ValueError(f"is {number}; it must be more than {facts['above']}")
         if "max" in facts and number > facts["max"]:
             raise ValueError(f"is {number}; it must be at most {facts['max']}")
+
+
+def without_effect(config: Settings) -> list[str]:
+    """Settings that were given although what they need is off."""
+    return [
+        f"{field.name} has no effect without {needs.replace('=', ' ')}; turn that on or leave {field.name} out"
+        for field in dataclasses.fields(config)
+        if (needs := field.metadata.get("needs"))
+        if getattr(config, field.name) != field.default and not is_on(config, needs)
+    ]
+
+
+def is_on(config: Settings, needs: str) -> bool:
+    """Whether a setting is on, "name", or has a certain value, "name=value"."""
+    name, _, wanted = needs.partition("=")
+    value = getattr(config, name)
+    return value == wanted if wanted else value not in (False, None, 0, "none")
 
 
 def waiting(config: Settings) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dbkit.settings import Settings, setting, waiting
+from dbkit.settings import Settings, setting, waiting, without_effect
 
 SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
@@ -37,12 +37,16 @@ class TrainConfig(Settings):
         fixed=True,
     )
     class_prompt: str | None = setting(
-        None, "prompt of the class images, without the identifier: photo of a dog", fixed=True
+        None,
+        "prompt of the class images, without the identifier: photo of a dog",
+        fixed=True,
+        needs="with_prior_preservation",
     )
     class_data_dir: Path | None = setting(
         None,
         "folder of the class images; empty: class_images/KEY in the workspace; missing ones are generated",
         advanced=True,
+        needs="with_prior_preservation",
     )
     num_class_images: int = setting(100, "how many class images there should be; missing ones are generated", min=1)
     concepts_list: Path | None = setting(
@@ -75,6 +79,7 @@ class TrainConfig(Settings):
         "how combine_prompt_from_txt joins the instance prompt and the text",
         fixed=True,
         advanced=True,
+        needs="combine_prompt_from_txt",
     )
     shuffle_tags: bool = setting(
         False, "show the comma-separated tags of a .txt file in changing order", fixed=True, advanced=True
@@ -126,6 +131,7 @@ class TrainConfig(Settings):
         min=64,
         fixed=True,
         advanced=True,
+        needs="use_aspect_ratio_bucket",
     )
     bucket_step: int | None = setting(
         None,
@@ -134,6 +140,7 @@ class TrainConfig(Settings):
         max=8192,
         fixed=True,
         advanced=True,
+        needs="use_aspect_ratio_bucket",
     )
     bucket_min_side: int | None = setting(
         None,
@@ -142,6 +149,7 @@ class TrainConfig(Settings):
         max=8192,
         fixed=True,
         advanced=True,
+        needs="use_aspect_ratio_bucket",
     )
     bucket_max_side: int | None = setting(
         None,
@@ -150,6 +158,7 @@ class TrainConfig(Settings):
         max=8192,
         fixed=True,
         advanced=True,
+        needs="use_aspect_ratio_bucket",
     )
     caption_dropout: float = setting(
         0.0,
@@ -204,6 +213,7 @@ class TrainConfig(Settings):
         above=0,
         max=1,
         advanced=True,
+        needs="train_text_encoder",
     )
     stop_text_encoder_training: float | None = setting(
         None,
@@ -211,6 +221,7 @@ class TrainConfig(Settings):
         above=0,
         fixed=True,
         advanced=True,
+        needs="train_text_encoder",
     )
     num_train_epochs: int = setting(
         100,
@@ -267,7 +278,13 @@ class TrainConfig(Settings):
         "mse", "squared error, or one that outliers move less", fixed=True, advanced=True
     )
     huber_delta: float = setting(
-        0.1, "error from which the Huber loss is linear", above=0, max=10, fixed=True, advanced=True
+        0.1,
+        "error from which the Huber loss is linear",
+        above=0,
+        max=10,
+        fixed=True,
+        advanced=True,
+        needs="loss_type=huber",
     )
     masked_loss: bool = setting(
         False,
@@ -282,6 +299,7 @@ class TrainConfig(Settings):
         max=1,
         fixed=True,
         advanced=True,
+        needs="masked_loss",
     )
     inpainting_masks: int = setting(
         8,
@@ -343,6 +361,7 @@ class TrainConfig(Settings):
         max=0.999999,
         fixed=True,
         advanced=True,
+        needs="use_ema",
     )
     save_model_every_n_steps: int | None = setting(
         200,
@@ -416,7 +435,9 @@ class TrainConfig(Settings):
         "a tracker beside log.jsonl, which is always written; wandb obeys WANDB_MODE=offline",
         advanced=True,
     )
-    logging_dir: Path | None = setting(None, "folder of the tracker's files; empty: logs in output_dir", advanced=True)
+    logging_dir: Path | None = setting(
+        None, "folder of the tracker's files; empty: logs in output_dir", advanced=True, needs="log_with"
+    )
     push_to_hub: bool = setting(False, "upload the finished model to the Hugging Face Hub", advanced=True, waits=LATER)
     hub_token: str | None = setting(None, "token for the upload", advanced=True, waits=LATER, secret=True)
     hub_model_id: str | None = setting(None, "repository of the upload", advanced=True, waits=LATER)
@@ -429,7 +450,13 @@ class TrainConfig(Settings):
 
     def contradictions(self) -> list[str]:
         """Sentences about settings that do not go together."""
-        mistakes = [*waiting(self), *self._data_mistakes(), *self._label_mistakes(), *self._prior_mistakes()]
+        mistakes = [
+            *waiting(self),
+            *without_effect(self),
+            *self._data_mistakes(),
+            *self._label_mistakes(),
+            *self._prior_mistakes(),
+        ]
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
         model = Path(self.pretrained_model_name_or_path)
@@ -443,31 +470,9 @@ class TrainConfig(Settings):
         return mistakes
 
     def _data_mistakes(self) -> list[str]:
-        if self.logging_dir and self.log_with == "none":
-            return ["logging_dir has no effect without log_with; choose tensorboard or wandb"]
-        if self.loss_type != "huber" and self.huber_delta != type(self).huber_delta:
-            return ["huber_delta has no effect without loss_type huber; choose that or leave huber_delta out"]
-        if self.text_encoder_learning_rate and not self.train_text_encoder:
-            return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
-        if self.stop_text_encoder_training and not self.train_text_encoder:
-            return ["stop_text_encoder_training has no effect without train_text_encoder; turn that on"]
-        if (
-            self.stop_text_encoder_training
-            and self.stop_text_encoder_training % 1
-            and self.stop_text_encoder_training > 1
-        ):
-            return [
-                f"stop_text_encoder_training is {self.stop_text_encoder_training}; write a whole step, or a part of all "
-                "steps below 1"
-            ]
-        if self.unmasked_weight != type(self).unmasked_weight and not self.masked_loss:
-            return ["unmasked_weight has no effect without masked_loss; turn that on or leave unmasked_weight out"]
-        if self.ema_decay != type(self).ema_decay and not self.use_ema:
-            return ["ema_decay has no effect without use_ema; turn that on or leave ema_decay out"]
-        if not self.use_aspect_ratio_bucket:
-            limits = ("bucket_max_area", "bucket_step", "bucket_min_side", "bucket_max_side")
-            if given := [name for name in limits if getattr(self, name)]:
-                return [f"{' and '.join(given)} have no effect without use_aspect_ratio_bucket; turn that on"]
+        stop = self.stop_text_encoder_training
+        if stop and stop > 1 and stop % 1:
+            return [f"stop_text_encoder_training is {stop}; write a whole step, or a part of all steps below 1"]
         if not self.concepts_list:
             return (
                 [] if self.instance_data_dir else ["instance_data_dir is missing: the folder with the images to learn"]
@@ -502,13 +507,7 @@ class TrainConfig(Settings):
         return []
 
     def _prior_mistakes(self) -> list[str]:
-        if not self.with_prior_preservation:
-            given = [name for name in ("class_prompt", "class_data_dir") if getattr(self, name)]
-            return [
-                f"{name} has no effect without with_prior_preservation; turn that on or leave {name} empty"
-                for name in given
-            ]
-        if self.concepts_list:
+        if not self.with_prior_preservation or self.concepts_list:
             return []
         if not self.class_prompt:
             return ["with_prior_preservation needs class_prompt, for instance: photo of a dog"]

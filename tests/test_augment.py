@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dbkit import TrainConfig
-from dbkit.augment import tag_variants, views_of
+from dbkit.augment import holes_of, tag_variants, views_of
 from dbkit.images import View, crop_of, render
 
 
@@ -148,3 +148,25 @@ def test_a_sentence_without_commas_is_left_alone():
 
 def test_plain_captions_have_one_version():
     assert tag_variants(config(), "a.png", TAGS) == [TAGS]
+
+
+def test_holes_hide_all_in_a_quarter_and_else_a_part_of_many_kinds():
+    holes = holes_of(config(inpainting_masks=64), "a.png", (12, 8))
+    assert all(hole.shape == (8, 12) and hole.dtype == np.float32 for hole in holes)
+    assert all(set(np.unique(hole)) <= {0, 1} for hole in holes)
+    assert [n for n, hole in enumerate(holes) if hole.all()] == list(range(0, 64, 4))
+    parts = [hole for hole in holes if not hole.all()]
+    assert len({hole.tobytes() for hole in parts}) > 40
+    shares = [hole.mean() for hole in parts]
+    assert 0 < min(shares) < 0.1 and 0.4 < max(shares) < 0.8
+    # Some are rectangles: as large as the box around them.
+    boxes = [np.ptp(np.nonzero(hole), axis=1) + 1 for hole in parts]
+    full = [hole.sum() == height * width for hole, (height, width) in zip(parts, boxes)]
+    assert 10 < sum(full) < 45
+
+
+def test_holes_depend_on_the_image_and_the_seed_alone():
+    first = holes_of(config(), "a.png", (8, 8))
+    assert all((one == two).all() for one, two in zip(first, holes_of(config(), "a.png", (8, 8))))
+    for other in (holes_of(config(), "b.png", (8, 8)), holes_of(config(seed=1), "a.png", (8, 8))):
+        assert any((one != two).any() for one, two in zip(first, other))

@@ -131,6 +131,7 @@ def test_a_copy_of_the_model_elsewhere_uses_the_same_images(class_config, model,
         ("num_inference_steps", 3),
         ("guidance_scale", 3.0),
         ("seed", 1),
+        ("clip_skip", 2),
     ],
 )
 def test_images_of_another_kind_are_refused_by_what_differs(class_config, tmp_path, name, value):

@@ -141,11 +141,11 @@ def test_a_setting_that_is_not_built_yet_is_refused_and_its_default_is_not(name,
         ),
         (
             {"class_prompt": "photo of a dog"},
-            "class_prompt has no effect without with_prior_preservation; turn that on or leave class_prompt empty",
+            "class_prompt has no effect without with_prior_preservation; turn that on or leave class_prompt out",
         ),
         (
             {"class_data_dir": "class"},
-            "class_data_dir has no effect without with_prior_preservation; turn that on or leave class_data_dir empty",
+            "class_data_dir has no effect without with_prior_preservation; turn that on or leave class_data_dir out",
         ),
         (
             {"with_prior_preservation": True},
@@ -184,6 +184,33 @@ def test_settings_that_contradict_each_other_are_refused(changes, sentence):
 )
 def test_settings_that_go_together_are_accepted(changes):
     assert made(**changes)
+
+
+NEEDING = {field.name: field for field in dataclasses.fields(TrainConfig) if "needs" in field.metadata}
+
+
+@pytest.mark.parametrize("name", NEEDING)
+def test_a_setting_that_would_have_no_effect_is_refused_and_what_it_needs_is_there(name):
+    field = NEEDING[name]
+    values = {float: 0.3, int: 64, str: "{PROMPT} {TXT_PROMPT}", Path: Path("elsewhere")}
+    kinds = typing.get_args(field_type(TrainConfig, name)) or (field_type(TrainConfig, name),)
+    needed, _, value = field.metadata["needs"].partition("=")
+    needed_field = next(field for field in dataclasses.fields(TrainConfig) if field.name == needed)
+    with pytest.raises(DbkitError) as caught:
+        made(**{name: values[kinds[0]]})
+    without = f"{name} has no effect without {needed}{' ' * bool(value)}{value}; turn that on or leave {name} out"
+    assert without in str(caught.value)
+    others = {"class_prompt": "photo of a dog"} if needed == "with_prior_preservation" else {}
+    choice = value or (True if needed_field.default is False else "tensorboard")
+    assert made(**{**others, needed: choice, name: values[kinds[0]]})
+
+
+@pytest.mark.parametrize("stop", [2.5, 100.01])
+def test_a_text_encoder_rests_after_a_whole_step_or_a_part_of_all(stop):
+    with pytest.raises(DbkitError, match=f"stop_text_encoder_training is {stop}; write a whole step, or a part of all"):
+        made(train_text_encoder=True, stop_text_encoder_training=stop)
+    for fine in (0.5, 1, 200):
+        assert made(train_text_encoder=True, stop_text_encoder_training=fine)
 
 
 def test_all_contradictions_are_named_at_once():

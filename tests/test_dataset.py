@@ -10,7 +10,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import draw_photo
 from PIL import Image
 from test_faces import portrait
 
@@ -628,3 +630,31 @@ def test_only_unread_kinds_are_said_to_be_so(tmp_path):
     (tmp_path / "photos" / "a.dng").write_bytes(b"phone")
     with pytest.raises(DbkitError, match=r"there are no images .* a\.dng is of a kind that dbkit does not read"):
         prepare(tmp_path / "photos", tmp_path / "out")
+
+
+def test_masks_come_along_with_the_same_cut(tmp_path):
+    source = tmp_path / "source"
+    image = draw_photo(source / "one.png", size=(96, 64))
+    opacity = Image.new("L", (96, 64), 0)
+    opacity.paste(255, (16, 0, 48, 64))
+    with Image.open(draw_photo(source / "two.png", size=(96, 64))) as clear:
+        clear.putalpha(opacity)
+        clear.save(source / "two.png")
+    (source / "masks").mkdir()
+    # Half as large as its image.
+    opacity.resize((48, 32)).save(source / "masks" / "one.png")
+    report = prepare_dataset(source, tmp_path / "out", resolution=32)
+    assert [kept.file for kept in report.kept] == ["one.png", "two.png"]
+    for name in ("one.png", "two.png"):
+        mask = np.asarray(Image.open(tmp_path / "out" / "masks" / name))
+        # The middle square of 64 pixels begins at 16, where the mask begins.
+        assert mask.shape == (32, 32) and mask[:, :14].min() > 200 and mask[:, 18:].max() < 20
+    image.unlink()
+    (source / "masks" / "one.png").unlink()
+    prepare_dataset(source, tmp_path / "out", resolution=32)
+    assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["two.png"]
+
+
+def test_a_folder_of_masks_without_their_images_is_a_folder_of_pictures(tmp_path):
+    draw_photo(tmp_path / "source" / "masks" / "venice.png")
+    assert len(prepare_dataset(tmp_path / "source", tmp_path / "out").kept) == 1

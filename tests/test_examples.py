@@ -5,13 +5,15 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import draw_photo
 from PIL import Image
 
 from dbkit import DbkitError, TrainConfig, prepare_dataset
 from dbkit.concepts import concepts_of
-from dbkit.examples import class_examples, fingerprint, instance_examples
+from dbkit.examples import class_examples, describe, fingerprint, instance_examples
 from dbkit.images import list_images
 from dbkit.report import DatasetReport, Kept, write_report
+from dbkit.settings import replace
 
 
 def picture(path, colour="teal", size=(40, 30)):
@@ -169,3 +171,27 @@ def test_the_fingerprint_changes_with_the_crops(photos):
     ]
     assert len(set(marks)) == 3
     assert marks[0] == marks[3]
+
+
+def test_a_mask_counts_for_what_a_run_is(config, photos):
+    draw_photo(photos / "masks" / "teal.png", colour="white")
+    masked = replace(config, masked_loss=True)
+    examples = instance_examples(masked, concepts_of(masked))
+    assert [example.mask for example in examples] == [None, None, photos / "masks" / "teal.png"]
+    said = describe(examples, concepts_of(masked))
+    assert "1 images have a mask; these count whole: crimson.png, gold.png" in said
+    before = fingerprint(examples)
+    draw_photo(photos / "masks" / "teal.png", colour="black")
+    assert fingerprint(instance_examples(masked, concepts_of(masked))) != before
+    # Without the setting a mask is nothing.
+    assert not any(example.mask for example in instance_examples(config, concepts_of(config)))
+
+
+def test_masks_that_are_missing_or_do_not_fit_are_refused(config, photos):
+    masked = replace(config, masked_loss=True)
+    expected = r"masked_loss needs masks, and no image has one; put masks/crimson\.png beside crimson\.png, white where"
+    with pytest.raises(DbkitError, match=expected):
+        instance_examples(masked, concepts_of(masked))
+    draw_photo(photos / "masks" / "gold.png", size=(80, 96))
+    with pytest.raises(DbkitError, match=r"1 masks have another shape than their images \(gold.png\); make them anew"):
+        instance_examples(masked, concepts_of(masked))

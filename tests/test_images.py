@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from dbkit import DbkitError
-from dbkit.images import View, crop_place, is_hidden, list_images, read_image, render
+from dbkit.images import View, crop_place, is_hidden, list_images, mask_of, read_image, read_mask, render
 
 
 def exif_of(orientation):
@@ -244,3 +244,34 @@ def test_the_crop_place_depends_on_the_seed_and_the_name_alone():
     assert len(set(places)) == 3
     assert places[0] == places[3]
     assert all(0 <= part <= 1 for place in places for part in place)
+
+
+# Masks.
+
+
+def test_a_mask_lies_beside_the_image_or_in_its_transparency(tmp_path):
+    image = quarters()
+    image.save(tmp_path / "plain.png")
+    image.save(tmp_path / "masked.jpg")
+    opacity = Image.new("L", image.size, 255)
+    opaque = image.copy()
+    opaque.putalpha(opacity)
+    opaque.save(tmp_path / "opaque.png")
+    opacity.paste(40, (0, 0, 5, 5))
+    image.putalpha(opacity)
+    image.save(tmp_path / "clear.png")
+    (tmp_path / "masks").mkdir()
+    opacity.save(tmp_path / "masks" / "masked.png")
+    assert mask_of(tmp_path / "plain.png") is None
+    assert mask_of(tmp_path / "opaque.png") is None
+    assert mask_of(tmp_path / "masked.jpg") == tmp_path / "masks" / "masked.png"
+    assert mask_of(tmp_path / "clear.png") == tmp_path / "clear.png"
+    for path in (tmp_path / "clear.png", tmp_path / "masks" / "masked.png"):
+        assert (pixels(read_mask(path)) == pixels(opacity)).all()
+
+
+def test_a_mask_is_upright(tmp_path):
+    mask = Image.new("L", (24, 16), 0)
+    mask.paste(255, (0, 0, 12, 8))
+    mask.save(tmp_path / "mask.png", exif=exif_of(6))
+    assert (pixels(read_mask(tmp_path / "mask.png")) == UPRIGHT[6](pixels(mask))).all()

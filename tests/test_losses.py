@@ -145,3 +145,19 @@ def test_batches_of_several_sizes_add_up_to_the_loss_of_all():
 def test_without_class_samples_the_loss_is_that_of_the_instances():
     loss, instance_loss, class_loss = prior_preservation_loss(torch.tensor([1.0, 3.0]), 2, 2, 0.3)
     assert (loss.item(), instance_loss.item(), class_loss.item()) == (2.0, 2.0, 0.0)
+
+
+def test_a_weighted_loss_is_the_mean_of_what_counts():
+    pred, target = torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    weights = torch.rand(2, 1, 3, 5)
+    weights[1] = 0.5
+    found = per_sample_loss(pred, target, weights=weights)
+    errors = (pred - target) ** 2
+    expected = [
+        sum(float(errors[n, c, y, x] * weights[n, 0, y, x]) for c in range(4) for y in range(3) for x in range(5))
+        / (4 * float(weights[n].sum()))
+        for n in range(2)
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    # The same weight everywhere is no weight.
+    assert float(found[1]) == pytest.approx(float(per_sample_loss(pred, target)[1]), rel=1e-5)

@@ -84,5 +84,7 @@ def test_wandb_that_cannot_start_is_a_sentence(config):
 
 
 def test_a_folder_without_a_tracker_is_refused(config):
-    with pytest.raises(DbkitError, match="logging_dir has no effect without log_with; choose tensorboard or wandb"):
+    with pytest.raises(
+        DbkitError, match="logging_dir has no effect without log_with; turn that on or leave logging_dir out"
+    ):
         train(config, logging_dir="logs")
