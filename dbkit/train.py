@@ -6,6 +6,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images, encode_prompts, tokenize
 from dbkit.checkpoint import commit, find_fault, load_state, rotate, save_state, step_folder
 from dbkit.concepts import Concept
@@ -61,6 +62,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
+    config = choose_settings(config, run, device, dtype)
     plan = make_plan(config, run, device)
     if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
         print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
