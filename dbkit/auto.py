@@ -234,10 +234,12 @@ def _learning_rate(config: TrainConfig, images: Sequence[int], machine: Machine)
     prompts = f"{config.instance_prompt or ''} {config.class_prompt or ''}".lower().replace(",", " ").split()
     if _optimizer(config) == "prodigy":
         rate, why = 1.0, "prodigy finds the rate, and multiplies it by this"
-    elif _lora(config):
-        rate, why = 1e-4, "that of diffusers for a LoRA"
     elif embedded.is_embedded(config.pretrained_model_name_or_path):
         rate, why = embedded.TRAINING["learning_rate"], _MEASURED
+        if _lora(config):
+            rate, why = 10 * rate, f"ten times what suits {embedded.NAME} without a LoRA"
+    elif _lora(config):
+        rate, why = 1e-4, "that of diffusers for a LoRA"
     elif config.train_text_encoder and PEOPLE & set(prompts):
         rate, why = 1e-6, "that of Hugging Face's experiments for faces, since the text encoder is trained too"
     elif config.train_text_encoder:

@@ -98,6 +98,10 @@ def test_a_lora_learns_faster_and_fits_a_small_card(machine, checkpointing):
     assert "too little room" not in reasons[0]
 
 
+def test_a_lora_of_the_embedded_model_has_a_rate_of_its_own():
+    assert choose(made(Wider, adapter="lora", **TINY), [5], CPU)[0]["learning_rate"] == pytest.approx(2e-3)
+
+
 def test_another_optimizer_has_no_8_bit_moments_and_prodigy_a_rate_of_its_own():
     values, _ = choose(made(Wider, optimizer="prodigy", **PRIOR), [10], T4)
     assert values["learning_rate"] == 1 and values["use_8bit_adam"] is False
