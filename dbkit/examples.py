@@ -64,7 +64,7 @@ def instance_examples(config: TrainConfig, concepts: list[Concept]) -> list[Exam
     """
     examples = []
     for number, concept in enumerate(concepts):
-        paths = _training_images(concept.instance_data_dir)
+        paths = training_images(concept.instance_data_dir)
         examples += _checked_examples(paths, _prompts(config, concept, paths), config, number)
     return _masked(examples) if config.masked_loss else examples
 
@@ -129,7 +129,8 @@ def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[P
     }
 
 
-def _training_images(folder: Path) -> list[Path]:
+def training_images(folder: Path) -> list[Path]:
+    """The images of a data folder. Raises DbkitError unless it is a folder with images that can all be read."""
     if not folder.is_dir():
         raise DbkitError(f"instance_data_dir {folder} is not a folder; check the path, or make it with dbkit prepare")
     paths = list_images(folder)

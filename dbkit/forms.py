@@ -37,6 +37,9 @@ class Form(widgets.VBox, Generic[Config]):
         names = [field.name for field in dataclasses.fields(cls) if "waits" not in field.metadata]
         self._chosen = {key: value for key, value in self._kept().items() if key in names}
         suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
+        self._left = [field.name for field in dataclasses.fields(cls) if field.metadata.get("auto")]
+        if self._chosen.get("auto", suggested.get("auto")):
+            suggested |= {name: None for name in self._left if name not in self._chosen}
         self._inputs: dict[str, widgets.Widget] = {}
         rows: dict[bool, list[widgets.Widget]] = {False: [], True: []}
         for field in dataclasses.fields(cls):
@@ -48,14 +51,19 @@ class Form(widgets.VBox, Generic[Config]):
         folded = widgets.VBox(rows[True], layout=widgets.Layout(display="none"))
         more = widgets.Checkbox(value=False, description="more settings", indent=False)
         more.observe(lambda change: setattr(folded.layout, "display", None if change["new"] else "none"), "value")
+        if self._left:
+            self._inputs["auto"].observe(lambda change: self._say_left(), "value")
+            self._say_left()
         super().__init__([*_note(suggested), *rows[False], *([more, folded] if rows[True] else []), self._message])
         self._check()
 
     def read(self) -> Config:
         """The settings as they stand, with relative paths taken from the workspace. Raises DbkitError."""
         values = {name: self._value(name) for name in self._inputs}
-        # An emptied field means "none" where that is a value, and the default where it is not.
-        given = {n: v for n, v in values.items() if v is not None or is_optional(field_type(self._cls, n))}
+        # An emptied field means "none" where that is a value, and the default where it is not; or auto chooses it.
+        optional = {name for name in values if is_optional(field_type(self._cls, name))}
+        optional -= set(self._left if values.get("auto") else ())
+        given = {name: value for name, value in values.items() if value is not None or name in optional}
         config = self._cls.from_dict(given)
         return self._workspace.anchor(config)
 
@@ -71,7 +79,9 @@ class Form(widgets.VBox, Generic[Config]):
 
     def _row(self, field: dataclasses.Field, value: Any) -> widgets.Widget:
         kind = field_type(self._cls, field.name)
-        if kind is bool:
+        if kind is bool and field.metadata.get("auto"):
+            box = widgets.Dropdown(options=("", "on", "off"))
+        elif kind is bool:
             box = widgets.Checkbox(indent=False)
         elif get_origin(kind) is Literal:
             box = widgets.Dropdown(options=get_args(kind))
@@ -114,7 +124,13 @@ class Form(widgets.VBox, Generic[Config]):
         box = self._inputs[name]
         if isinstance(box, widgets.Textarea):
             return [line.strip() for line in box.value.splitlines() if line.strip()]
-        return box.value if not isinstance(box, widgets.Text) else box.value.strip() or None
+        return box.value if isinstance(box, widgets.Checkbox) else box.value.strip() or None
+
+    def _say_left(self) -> None:
+        """What an empty field means, where auto may choose."""
+        for name in self._left:
+            if isinstance(self._inputs[name], widgets.Text):
+                self._inputs[name].placeholder = "auto" if self._inputs["auto"].value else "empty"
 
     def _check(self) -> None:
         try:
@@ -144,7 +160,7 @@ def _shown(value: Any, box: widgets.Widget) -> Any:
     if isinstance(box, widgets.Checkbox):
         return bool(value)
     if isinstance(box, widgets.Dropdown):
-        return value
+        return {None: "", True: "on", False: "off"}.get(value, value)
     if isinstance(box, widgets.Textarea):
         return "\n".join(map(str, value or ())) if not isinstance(value, str) else value
     return "" if value is None else str(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -16,6 +17,8 @@ from dbkit.errors import DbkitError
 from dbkit.files import write_text
 
 Config = TypeVar("Config", bound="Settings")
+# What stands for a value that is to be chosen from the facts.
+AUTO = "auto"
 
 
 def setting(default: Any, help: str, **facts: Any) -> Any:
@@ -24,7 +27,8 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
     between the sessions of one run), needs (the setting without which this one has no effect, "name", or
-    "name=value"), waits (why the setting is refused for now), secret (never saved).
+    "name=value"), auto (the word auto may stand for the value, which is then chosen when the function runs), waits
+    (why the setting is refused for now), secret (never saved).
     """
     metadata = {"help": help, **facts}
     if default is ...:
@@ -38,7 +42,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         mistakes = []
+        left = left_to_auto(self)
         for field in dataclasses.fields(self):
+            if field.name in left:
+                continue
             try:
                 value = coerce(getattr(self, field.name), field_type(type(self), field.name))
                 object.__setattr__(self, field.name, value)
@@ -46,7 +53,7 @@ class Settings:
             except ValueError as error:
                 mistakes.append(f"{field.name} {error}")
         # Relations between settings are only looked at once each setting is what it claims to be.
-        mistakes = mistakes or self.contradictions()
+        mistakes = mistakes or (self.contradictions() if not left else _certain_contradictions(self, left))
         if mistakes:
             raise DbkitError(_join(mistakes))
 
@@ -80,6 +87,39 @@ class Settings:
         path = Path(path)
         write_text(path, to_yaml(self))
         return path
+
+
+def left_to_auto(config: Settings) -> list[str]:
+    """The settings that the word auto stands for."""
+    names = (field.name for field in dataclasses.fields(config) if field.metadata.get("auto"))
+    return [name for name in names if getattr(config, name) == AUTO]
+
+
+def _certain_contradictions(config: Settings, left: list[str]) -> list[str]:
+    """The contradictions that name nothing that is still to be chosen; the others are looked at then."""
+    stand_in = copy.copy(config)
+    for name in left:
+        object.__setattr__(stand_in, name, getattr(type(config), name))
+    return [mistake for mistake in stand_in.contradictions() if not any(name in mistake for name in left)]
+
+
+def with_auto(cls: type[Config]) -> type[Config]:
+    """A settings class with a switch `auto`: where it is on, what is not given is the word auto, not the default.
+
+    Only here is it known what was given: a settings object has a value for everything.
+    """
+    init, names = cls.__init__, [field.name for field in dataclasses.fields(cls) if field.metadata.get("auto")]
+
+    @functools.wraps(init)
+    def made(self, *values, **given):
+        try:
+            on = coerce(given.get("auto", False), bool)
+        except ValueError:  # said with all other mistakes
+            on = False
+        init(self, *values, **({**dict.fromkeys(names, AUTO), **given} if on else given))
+
+    cls.__init__ = made
+    return cls
 
 
 def configured_by(cls: type[Config]):

@@ -71,7 +71,7 @@ def _for_prepare(workspace: Workspace) -> dict[str, Any]:
 def _for_train(workspace: Workspace) -> dict[str, Any]:
     base, resolution = _base_model(workspace)
     dataset = _dataset(workspace)
-    values: dict[str, Any] = {"pretrained_model_name_or_path": base, "resolution": resolution}
+    values: dict[str, Any] = {"pretrained_model_name_or_path": base, "resolution": resolution, "auto": True}
     values |= {"instance_data_dir": dataset, "output_dir": Path("runs") / dataset.name}
     if dataset.name == SAMPLE:
         sample = read_yaml(data_templates() / "train_object.yaml")

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.checkpoint import commit, find_fault, rotate, step_folder
 from dbkit.concepts import Concept
@@ -57,6 +58,8 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, run: Path) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     device = choose_device(config.device)
+    dtype = choose_dtype(config.mixed_precision, device)
+    config = choose_settings(config, run, device, dtype)
     plan = make_plan(config, run, device)
     if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
         print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
@@ -68,7 +71,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
-    state = make_state(config, models, device, choose_dtype(config.mixed_precision, device))
+    state = make_state(config, models, device, dtype)
     assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     _require_run_space(run, config, state)
     if plan.saved:

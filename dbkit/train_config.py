@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dbkit.settings import Settings, setting, waiting, without_effect
+from dbkit.settings import Settings, setting, waiting, with_auto, without_effect
 
 SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
@@ -15,6 +15,7 @@ LATER = "later version of dbkit"
 CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; empty: what the model says, mostly 1"
 
 
+@with_auto
 @dataclass(frozen=True)
 class TrainConfig(Settings):
     """Teach Stable Diffusion a subject (DreamBooth, arXiv:2208.12242) or a style (native training)."""
@@ -27,6 +28,10 @@ class TrainConfig(Settings):
     output_dir: Path | None = setting(
         None,
         "folder of this run; started again, a run continues from it; empty: runs/dreambooth or runs/native in the workspace",
+    )
+    auto: bool = setting(
+        False,
+        "choose what is not given of num_class_images, max_train_steps, train_batch_size, gradient_accumulation_steps, learning_rate, gradient_checkpointing, use_8bit_adam and save_model_every_n_steps from the images, the method and the GPU, and say why; a run that goes on keeps its own",
     )
     instance_prompt: str | None = setting(
         None, "prompt for every instance image: a rare word and the class, for instance: photo of ohwx dog", fixed=True
@@ -48,7 +53,9 @@ class TrainConfig(Settings):
         advanced=True,
         needs="with_prior_preservation",
     )
-    num_class_images: int = setting(100, "how many class images there should be; missing ones are generated", min=1)
+    num_class_images: int = setting(
+        100, "how many class images there should be; missing ones are generated", min=1, auto=True
+    )
     concepts_list: Path | None = setting(
         None,
         "JSON list for several subjects in one model, each with instance_prompt, class_prompt, instance_data_dir, class_data_dir and weight; it takes the place of these settings",
@@ -233,6 +240,7 @@ class TrainConfig(Settings):
         None,
         "optimizer steps over the run's whole life; empty: num_train_epochs decides; raise it to train a finished run further",
         min=1,
+        auto=True,
     )
     train_batch_size: int = setting(
         1,
@@ -240,9 +248,10 @@ class TrainConfig(Settings):
         min=1,
         max=1024,
         fixed=True,
+        auto=True,
     )
     gradient_accumulation_steps: int = setting(
-        1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True, advanced=True
+        1, "forward passes summed into one optimizer step", min=1, max=1024, fixed=True, advanced=True, auto=True
     )
     min_snr_gamma: float | None = setting(
         None,
@@ -309,7 +318,7 @@ class TrainConfig(Settings):
         fixed=True,
         advanced=True,
     )
-    learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1)
+    learning_rate: float = setting(5e-6, "peak learning rate", above=0, max=1, auto=True)
     lr_scheduler: SCHEDULERS = setting("constant", "how the learning rate runs over the steps", advanced=True)
     lr_warmup_steps: int = setting(
         0,
@@ -334,10 +343,13 @@ class TrainConfig(Settings):
         advanced=True,
     )
     gradient_checkpointing: bool = setting(
-        False, "recompute activations in the backward pass: less memory, about a quarter slower"
+        False, "recompute activations in the backward pass: less memory, about a quarter slower", auto=True
     )
     use_8bit_adam: bool = setting(
-        False, "keep the optimizer's moments in 8 bit (bitsandbytes): 6 bytes a parameter less", fixed=True
+        False,
+        "keep the optimizer's moments in 8 bit (bitsandbytes): 6 bytes a parameter less",
+        fixed=True,
+        auto=True,
     )
     adam_beta1: float = setting(0.9, "decay of AdamW's first moment", min=0, max=0.9999, advanced=True, fixed=True)
     adam_beta2: float = setting(0.999, "decay of AdamW's second moment", min=0, max=0.999999, advanced=True, fixed=True)
@@ -367,6 +379,7 @@ class TrainConfig(Settings):
         200,
         "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: only at the end and when interrupted",
         min=1,
+        auto=True,
     )
     save_min_steps: int = setting(
         0,

@@ -10,6 +10,7 @@ import yaml
 from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig, open_workspace
 from dbkit.config import COMMANDS
 from dbkit.forms import form
+from dbkit.settings import AUTO
 
 
 @pytest.fixture
@@ -69,10 +70,35 @@ def test_a_mistake_is_shown_at_once_and_raised_on_read(workspace):
 
 def test_an_emptied_field_is_none_where_that_is_a_value_and_else_the_default(workspace):
     settings = form(TrainConfig, workspace)
-    settings.set(save_model_every_n_steps="", num_train_epochs="", use_txt_as_label=True, instance_prompt="")
+    settings.set(
+        auto=False, save_model_every_n_steps="", num_train_epochs="", use_txt_as_label=True, instance_prompt=""
+    )
     read = settings.read()
     assert read.save_model_every_n_steps is None
     assert read.num_train_epochs == 100
+
+
+def test_on_a_first_visit_what_can_be_chosen_is_empty_and_left_to_auto(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(use_txt_as_label=True, instance_prompt="", learning_rate=2e-6, use_8bit_adam=False)
+    assert settings._inputs["max_train_steps"].value == settings._inputs["gradient_checkpointing"].value == ""
+    assert settings._inputs["max_train_steps"].placeholder == "auto"
+    read = settings.read()
+    assert read.auto and {read.max_train_steps, read.gradient_checkpointing, read.num_class_images} == {AUTO}
+    assert (read.learning_rate, read.use_8bit_adam) == (2e-6, False)
+    # What was filled in is kept and stands the next time.
+    again = form(TrainConfig, workspace)
+    assert again.read() == read and again._inputs["use_8bit_adam"].value == "off"
+
+
+def test_without_auto_an_empty_field_is_none_or_the_default_and_suggestions_are_shown(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(use_txt_as_label=True, instance_prompt="", auto=False, use_8bit_adam=True)
+    assert settings._inputs["max_train_steps"].placeholder == "empty"
+    read = settings.read()
+    assert (read.max_train_steps, read.learning_rate, read.gradient_checkpointing) == (None, 5e-6, False)
+    assert read.use_8bit_adam is True
+    assert form(TrainConfig, workspace)._inputs["learning_rate"].value == "5e-06"
 
 
 def test_several_prompts_are_lines(workspace):

@@ -15,7 +15,7 @@ PACKAGE = Path(dbkit.__file__).parent
 LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
     libraries tokenizer text identifier faces measures doctor sources report dataset edits captioners captioning
-    examples models sampling class_images cache losses checkpoint resume trackers log optimizers ema state preview
+    examples models sampling class_images cache losses checkpoint resume trackers log optimizers ema state auto preview
     evaluate planning train keys families convert demo suggestions forms editor cli
 """
 ORDER = LISTED.split()

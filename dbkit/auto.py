@@ -1,0 +1,267 @@
+"""Good settings from the facts: the images, the method and the GPU. docs/auto.md has the rules and their sources."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit import embedded
+from dbkit.concepts import concepts_of
+from dbkit.errors import DbkitError
+from dbkit.examples import training_images
+from dbkit.optimizers import probe_8bit_adam
+from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
+from dbkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# Stable Diffusion 1: billions of parameters. A picture: GB of activations at 512 px, without and with checkpointing.
+# The rest: CUDA's own memory, workspaces and fragments, in GB. Fitted to published figures, which tests compare.
+UNET, TEXT_ENCODER = 0.86, 0.12
+PICTURE, PICTURE_CHECKPOINTED, REST = 1.5, 0.5, 1.3
+# A part is left over, for the figures are approximate.
+USABLE = 0.9
+# What is seen of the images over a run: 100 times each, within these bounds.
+LEAST_SUBJECT, LEAST_WITH_CLASS, MOST_SUBJECT, MOST_CAPTIONED = 400, 800, 4_000, 60_000
+CAPTIONED_BATCH = 4
+PEOPLE = {"person", "people", "man", "woman", "boy", "girl", "child", "face"}
+_MEASURED = f"what suits {embedded.NAME}, by measurement"
+# Ways to save memory, as (gradient_checkpointing, use_8bit_adam): none of them.
+_WHOLE = ((False, False),)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choices depend on. memory is what is free on the GPU in GB (10^9 bytes), None where it is no GPU's."""
+
+    name: str
+    memory: float | None
+    dtype: str
+    has_8bit_adam: bool
+
+
+# Values for some settings, and the sentence that says why.
+Chosen = tuple[dict[str, Any], str]
+
+
+def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype: torch.dtype) -> TrainConfig:
+    """The settings with a value for each that is left to be chosen, and the reasons on the screen.
+
+    A run that goes on keeps what it ran with, but for gradient_checkpointing, which changes memory and not the result.
+    """
+    left = left_to_auto(config)
+    if not left:
+        if config.auto:
+            print("auto has nothing to choose: all that it chooses is given")
+        return replace(config, auto=False)
+    kept = {} if config.start_over else _kept(run, left)
+    if kept:
+        print(f"auto: {run} goes on with {_listed(kept)}")
+    images = [len(training_images(concept.instance_data_dir)) for concept in concepts_of(config)]
+    chosen, reasons = choose(replace(config, **kept), images, machine_of(device, dtype))
+    for reason in reasons:
+        print(f"auto: {reason}")
+    return replace(config, **kept, **chosen, auto=False)
+
+
+def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tuple[dict[str, Any], list[str]]:
+    """A value for each setting that is left to be chosen, and the reasons. images has the number of each concept's."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    chosen, reasons = {}, []
+    for rule in (_batch_and_memory, _steps, _learning_rate, _class_images, _saves):
+        values, why = rule(dataclasses.replace(config, **chosen), images, machine)
+        new = {name: value for name, value in values.items() if name in left_to_auto(config)}
+        chosen |= new
+        if new:
+            reasons.append(f"{_listed(new)}: {why}")
+    return {name: chosen.get(name, defaults[name]) for name in left_to_auto(config)}, reasons
+
+
+def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The facts of a device."""
+    import torch
+
+    kind = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    if device.type != "cuda":
+        return Machine("CPU" if device.type == "cpu" else "Apple GPU", None, kind, False)
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch holds and does not use is free for the run.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        probe_8bit_adam(device)
+        works = True
+    except DbkitError:
+        works = False
+    return Machine(torch.cuda.get_device_name(device), free / 1e9, kind, works)
+
+
+def _kept(run: Path, left: list[str]) -> dict[str, Any]:
+    """What a run that has a state ran with, of the settings that are left to be chosen."""
+    if not any((run / "resume").glob("step_*[0-9]")) or not (run / "settings.yaml").is_file():
+        return {}
+    ran = read_yaml(run / "settings.yaml")
+    return {name: ran[name] for name in left if name in ran and name != "gradient_checkpointing"}
+
+
+def _listed(values: dict[str, Any]) -> str:
+    words = {True: "on", False: "off", None: "empty"}
+    shown = {n: words[v] if v is None or isinstance(v, bool) else v for n, v in values.items()}
+    return ", ".join(f"{name} {value}" for name, value in shown.items())
+
+
+def _captioned(config: TrainConfig) -> bool:
+    """Whether a style is learnt, each image with its own caption, rather than a subject."""
+    return not config.with_prior_preservation and (config.use_txt_as_label or config.use_filename_as_label)
+
+
+def _lora(config: TrainConfig) -> bool:
+    return getattr(config, "adapter", "none") == "lora"
+
+
+def _optimizer(config: TrainConfig) -> str:
+    return getattr(config, "optimizer", "adamw")
+
+
+def _or(value: Any, choice: Any) -> Any:
+    return choice if value == AUTO else value
+
+
+# The rules. Each takes what is given or was chosen before as it is, and a sentence says no more than was computed.
+
+
+def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
+    """The fastest of the ways that fit into the memory: whole, with 8-bit Adam, and with checkpointing as well."""
+    if embedded.is_embedded(config.pretrained_model_name_or_path):
+        return _ways(config, _WHOLE, (embedded.TRAINING["train_batch_size"],))[0], _MEASURED
+    wanted = CAPTIONED_BATCH if _captioned(config) else 1
+    why = f"{wanted} in each step is usual for {'captioned images' if _captioned(config) else 'a subject'}; "
+    why += f"{machine.name}, {machine.dtype}"
+    if machine.memory is None:
+        slow = "; 800 steps of Stable Diffusion take about 9 hours on a fast CPU" if machine.name == "CPU" else ""
+        return _ways(config, _WHOLE, (1,), wanted)[0], f"{why}: nothing is traded for memory{slow}"
+    # Adam's moments are what a LoRA and other optimizers do not have.
+    adam = not _lora(config) and _optimizer(config) == "adamw"
+    eight = machine.has_8bit_adam and adam
+    pairs = (*_WHOLE, (False, True), (True, True)) if eight else (*_WHOLE, (True, False))
+    ways = _ways(config, pairs, [size for size in (4, 2, 1) if size <= wanted], wanted)
+    need = {number: memory(config, machine, **way) for number, way in enumerate(ways)}
+    fitting = [number for number, (size, _) in need.items() if size <= USABLE * machine.memory]
+    # Of ways that need the same the one that saves most, since the figures are approximate.
+    best = fitting[0] if fitting else min(reversed(need), key=lambda number: need[number][0])
+    why += f", {machine.memory:.1f} GB free: about {need[best][0]:.1f} GB = {need[best][1]}"
+    if not fitting:
+        less = "a smaller resolution" if _lora(config) else "a LoRA"
+        why += f"; that leaves too little room: {less} or a larger GPU is needed"
+    if best and adam and not eight and config.use_8bit_adam == AUTO:
+        why += "; after pip install bitsandbytes it is 6 bytes a parameter less"
+    return ways[best], why
+
+
+def _ways(
+    config: TrainConfig, pairs: Sequence[tuple[bool, bool]], sizes: Sequence[int], wanted: int = 1
+) -> list[dict[str, Any]]:
+    """Ways to train, the fastest first, with what is given in place of what is tried."""
+    ways = []
+    for checkpointing, eight in pairs:
+        for size in sizes:
+            size = _or(config.train_batch_size, size)
+            way = {
+                "train_batch_size": size,
+                "gradient_accumulation_steps": _or(config.gradient_accumulation_steps, max(1, wanted // size)),
+                "gradient_checkpointing": _or(config.gradient_checkpointing, checkpointing),
+                "use_8bit_adam": _or(config.use_8bit_adam, eight),
+            }
+            ways += [way] if way not in ways else []
+    return ways
+
+
+def memory(
+    config: TrainConfig,
+    machine: Machine,
+    train_batch_size: int,
+    gradient_accumulation_steps: int,
+    gradient_checkpointing: bool,
+    use_8bit_adam: bool,
+) -> tuple[float, str]:
+    """About how many GB a step takes at its peak, and the sum in words.
+
+    The peak is at the end of the forward pass (activations and the 16-bit copies of the weights) or of the backward
+    pass (gradients, after those are gone).
+    """
+    half = machine.dtype != "fp32"
+    area = config.bucket_max_area or 1.5 * config.resolution**2
+    area = (area if config.use_aspect_ratio_bucket else config.resolution**2) / 512**2
+    picture = round((PICTURE_CHECKPOINTED if gradient_checkpointing else PICTURE) * area * (1 if half else 1.5), 2)
+    pictures = train_batch_size * (2 if config.with_prior_preservation else 1)
+    parameters = UNET + (TEXT_ENCODER if config.train_text_encoder else 0)
+    kept = 4 if _lora(config) else 4 + (2 if use_8bit_adam else 8)
+    # Gradients: there during the forward pass only if they are summed up. A LoRA's are small.
+    forward = kept if _lora(config) else kept + 2 * half + 4 * (gradient_accumulation_steps > 1)
+    backward = kept if _lora(config) else kept + 4
+    at_forward = parameters * forward + pictures * picture
+    if at_forward > parameters * backward:
+        parts = f"{parameters:.2f} billion parameters x {forward} bytes + {pictures} pictures x {picture:g} GB"
+        return at_forward + REST, f"{parts} + {REST} GB"
+    return parameters * backward + REST, f"{parameters:.2f} billion parameters x {backward} bytes + {REST} GB"
+
+
+def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
+    if config.num_train_epochs != TrainConfig.num_train_epochs:
+        return {"max_train_steps": None}, f"num_train_epochs {config.num_train_epochs} decides"
+    if embedded.is_embedded(config.pretrained_model_name_or_path):
+        return {"max_train_steps": embedded.TRAINING["max_train_steps"]}, _MEASURED
+    count, prior = sum(images), config.with_prior_preservation
+    least, most = LEAST_WITH_CLASS if prior else LEAST_SUBJECT, MOST_SUBJECT
+    if _captioned(config):
+        least, most = 0, MOST_CAPTIONED
+    seen = min(max(100 * count, least), most)
+    why = f"{count} images x 100 times = {100 * count}, the rule of thumb"
+    if seen > 100 * count:
+        why += f", but at least {least}" + (" with class images" if prior else "")
+    elif seen < 100 * count:
+        why += f", but at most {most}"
+    together = config.train_batch_size * config.gradient_accumulation_steps
+    steps = math.ceil(seen / together)
+    return {"max_train_steps": steps}, why + (f"; {together} in each step: {steps} steps" if together > 1 else "")
+
+
+def _learning_rate(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
+    prompts = f"{config.instance_prompt or ''} {config.class_prompt or ''}".lower().replace(",", " ").split()
+    if _optimizer(config) == "prodigy":
+        rate, why = 1.0, "prodigy finds the rate, and multiplies it by this"
+    elif embedded.is_embedded(config.pretrained_model_name_or_path):
+        rate, why = embedded.TRAINING["learning_rate"], _MEASURED
+        if _lora(config):
+            rate, why = 10 * rate, f"ten times what suits {embedded.NAME} without a LoRA"
+    elif _lora(config):
+        rate, why = 1e-4, "that of diffusers for a LoRA"
+    elif config.train_text_encoder and PEOPLE & set(prompts):
+        rate, why = 1e-6, "that of Hugging Face's experiments for faces, since the text encoder is trained too"
+    elif config.train_text_encoder:
+        rate, why = 2e-6, "that of diffusers where the text encoder is trained too"
+    elif _captioned(config):
+        rate, why = 1e-5, "that of diffusers for captioned images"
+    else:
+        rate, why = 5e-6, "that of diffusers for a subject"
+    return {"learning_rate": rate}, why
+
+
+def _class_images(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
+    if not config.with_prior_preservation:
+        return {}, ""
+    if embedded.is_embedded(config.pretrained_model_name_or_path):
+        return {"num_class_images": embedded.TRAINING["num_class_images"]}, _MEASURED
+    most = max(images)
+    return {"num_class_images": min(max(10 * most, 50), 200)}, f"10 for each of {most} images, from 50 to 200"
+
+
+def _saves(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
+    together = config.train_batch_size * config.gradient_accumulation_steps
+    total = config.max_train_steps or math.ceil(sum(images) * config.num_train_epochs / together)
+    every = min(max(total // 4 // 50 * 50, 100), 500)
+    return {"save_model_every_n_steps": every}, f"a quarter of {total} steps in fifties, from 100 to 500"
