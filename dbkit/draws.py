@@ -26,6 +26,7 @@ Purpose = Literal[
     "augment",
     "tags",
     "variant",
+    "lora",
 ]
 # A purpose's number is part of every seed: new purposes go at the end.
 _PURPOSES: tuple[Purpose, ...] = typing.get_args(Purpose)

@@ -14,7 +14,8 @@ from dbkit.config import PreviewConfig
 from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file
 from dbkit.libraries import choose_device, choose_dtype
-from dbkit.models import Models, check_resolution, load_models, model_facts
+from dbkit.lora import find_source, load_source
+from dbkit.models import Models, check_resolution, model_facts
 from dbkit.sampling import Shot, borrowed, place, sample
 from dbkit.settings import configured_by
 
@@ -54,12 +55,13 @@ def preview(config: PreviewConfig) -> Preview:
     if config.output.suffix.lower() != ".png":
         raise DbkitError(f"output is {config.output}; give the grid a name that ends in .png")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = model_facts(config.model)
+    source = find_source(config.model, config.lora)
+    facts = model_facts(source.pretrained_model_name_or_path)
     if config.resolution:
         check_resolution(config.resolution, facts)
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    models = load_models(config.model)
+    models = load_source(source)
     place(models, device, dtype)
     return make_preview(
         models,

@@ -15,6 +15,7 @@ from dbkit.files import one_process, require_space, stop_requests
 from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
+from dbkit.lora import add_lora, save_lora
 from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 from dbkit.models import (
     Models,
@@ -197,7 +198,7 @@ def _trained_parts(config: TrainConfig, models: Models, device: torch.device) ->
             module.enable_gradient_checkpointing()
         elif config.gradient_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
-    return trained
+    return add_lora(models, config) if config.adapter == "lora" else trained
 
 
 def _require_run_space(run: Path, config: TrainConfig, models: Models, parameters: list[torch.nn.Parameter]) -> None:
@@ -206,7 +207,7 @@ def _require_run_space(run: Path, config: TrainConfig, models: Models, parameter
     state = count * (4 + (2 if config.use_8bit_adam else 8))
     everything = (models.unet, models.text_encoder, models.vae)
     weights = sum(p.numel() for module in everything for p in module.parameters())
-    usable = weights * (4 if config.save_precision == "fp32" else 2)
+    usable = (count if config.adapter == "lora" else weights) * (4 if config.save_precision == "fp32" else 2)
     kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
     there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.exists() else 0
     require_space(run, max(state, 2 * state + (kept + 1) * usable - there), "this run")
@@ -279,7 +280,12 @@ def _commit(
     if not finished and step < config.save_min_steps:
         return state
     target = run / "model" if finished else step_folder(run / "checkpoints", step)
-    commit(target, step, lambda folder: save_models(models, folder, config.save_precision), identity)
+    if config.adapter == "lora":
+        name = run.name if finished else f"{run.name}-{step:06d}"
+        write = functools.partial(save_lora, models, config=config, name=name)
+    else:
+        write = functools.partial(save_models, models, precision=config.save_precision)
+    commit(target, step, write, identity)
     if (run / "checkpoints").exists():
         rotate(run / "checkpoints", step, config.checkpoints_total_limit)
     return target

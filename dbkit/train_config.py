@@ -204,6 +204,32 @@ class TrainConfig(Settings):
         max=1,
         advanced=True,
     )
+    adapter: Literal["none", "lora"] = setting(
+        "none",
+        "lora: the model stays as it is, and a small file that goes with it is trained (arXiv:2106.09685): less memory, megabytes instead of gigabytes; it wants a higher learning_rate, 1e-4 is usual",
+        fixed=True,
+    )
+    lora_rank: int = setting(
+        16,
+        "size of the LoRA: the inner width of each adapter; more holds more detail and makes a larger file",
+        min=1,
+        max=1024,
+        fixed=True,
+    )
+    lora_alpha: float | None = setting(
+        None,
+        "strength of the LoRA: its output is multiplied by lora_alpha / lora_rank; empty: lora_rank, which makes that 1",
+        above=0,
+        max=1024,
+        fixed=True,
+        advanced=True,
+    )
+    lora_modules: Literal["attention", "transformer", "all"] = setting(
+        "attention",
+        "which layers get an adapter: those of attention, all of the transformer blocks (as kohya's scripts do), or these and the convolutions",
+        fixed=True,
+        advanced=True,
+    )
     num_train_epochs: int = setting(
         100,
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
@@ -391,6 +417,10 @@ class TrainConfig(Settings):
             return ["huber_delta has no effect without loss_type huber; choose that or leave huber_delta out"]
         if self.text_encoder_learning_rate and not self.train_text_encoder:
             return ["text_encoder_learning_rate has no effect without train_text_encoder; turn that on"]
+        if self.adapter == "none":
+            of_lora = ("lora_rank", "lora_alpha", "lora_modules")
+            if given := [name for name in of_lora if getattr(self, name) != getattr(type(self), name)]:
+                return [f"{' and '.join(given)} have no effect without adapter lora; choose that"]
         if not self.use_aspect_ratio_bucket:
             limits = ("bucket_max_area", "bucket_step", "bucket_min_side", "bucket_max_side")
             if given := [name for name in limits if getattr(self, name)]:
