@@ -116,8 +116,10 @@ def add_lora(models: Models, config: TrainConfig) -> dict[str, torch.nn.ModuleDi
 def _inject(module: torch.nn.Module, ranks: dict[str, int], alphas: dict[str, float]) -> None:
     """Put an adapter beside each named layer of a module, in place."""
     import torch
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import Conv2d, Linear
+
+    with quiet():
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import Conv2d, Linear
 
     settings = LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=alphas, lora_dropout=0.0)
     # Else peft asks every quantisation library for its layers, and fails where one is too old for it: torchao on Colab.
