@@ -32,6 +32,7 @@ setup(
         "caption": ["onnxruntime>=1.17"],
         # HEIC photographs; faces (by what OpenCV bundles before version 5); text and watermarks.
         "photos": ["pillow-heif>=0.16", "opencv-python-headless>=4.7", "rapidocr>=3.0", "onnxruntime>=1.17"],
+        "lora": ["peft>=0.12"],
         "log": ["tensorboard>=2.10", "wandb>=0.15"],
         "test": [
             "bitsandbytes>=0.43",
@@ -41,6 +42,7 @@ setup(
             "onnx>=1.16",
             "onnxruntime>=1.17",
             "opencv-python-headless>=4.7",
+            "peft>=0.12",
             "pillow-heif>=0.16",
             "pytest>=8",
             "rapidocr>=3.0",

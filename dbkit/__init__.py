@@ -1,8 +1,8 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
-Five functions do the main job; caption_dataset() and check_identifier() help with its data, and evaluate() measures
-what came of it. Each takes its settings object, or the settings by name. Heavy libraries are imported when a function
-is called.
+Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
+came of it, and merge() puts a LoRA into its model. Each takes its settings object, or the settings by name. Heavy
+libraries are imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -13,6 +13,7 @@ from dbkit.config import (
     ConvertConfig,
     EvaluateConfig,
     IdentifierConfig,
+    MergeConfig,
     PrepareConfig,
     PreviewConfig,
     TrainConfig,
@@ -22,6 +23,7 @@ from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
 from dbkit.evaluate import evaluate
 from dbkit.identifier import check_identifier
+from dbkit.lora import merge
 from dbkit.preview import preview
 from dbkit.train import train
 from dbkit.workspace import describe_machine, open_workspace
@@ -34,6 +36,7 @@ __all__ = [
     "DbkitError",
     "EvaluateConfig",
     "IdentifierConfig",
+    "MergeConfig",
     "PrepareConfig",
     "PreviewConfig",
     "TrainConfig",
@@ -43,6 +46,7 @@ __all__ = [
     "describe_machine",
     "evaluate",
     "generate_class_images",
+    "merge",
     "open_workspace",
     "prepare_dataset",
     "preview",

@@ -22,6 +22,7 @@ _FUNCTIONS = {
     "train": ("dbkit.train", "train"),
     "preview": ("dbkit.preview", "preview"),
     "evaluate": ("dbkit.evaluate", "evaluate"),
+    "merge": ("dbkit.lora", "merge"),
     "convert": ("dbkit.convert", "convert"),
     "demo": ("dbkit.demo", "demo"),
 }

@@ -150,7 +150,11 @@ class PreviewConfig(Settings):
     """Sample a model: every prompt with every seed (or guidance scale), as single pictures and a labelled grid."""
 
     model: Path = setting(
-        ..., "a diffusers folder: a run's model/, one of its checkpoints/, or a base model", positional=True
+        ..., "a run's model/, one of its checkpoints/, or a base model: a diffusers folder", positional=True
+    )
+    lora: Path | None = setting(
+        None,
+        "a LoRA to put on model: a .safetensors file, or a run's model/; a LoRA run's own model/ needs only be given as model",
     )
     prompt: tuple[str, ...] = setting(
         (), "prompts, one for each row of the grid; on the command line give the flag once for each"
@@ -248,6 +252,21 @@ class ConvertConfig(Settings):
 
 
 @dataclass(frozen=True)
+class MergeConfig(Settings):
+    """Put a LoRA into its base model for good: a whole diffusers folder, which needs no LoRA any more."""
+
+    lora: Path = setting(..., "a LoRA: a .safetensors file, or the model/ of a run with adapter lora", positional=True)
+    destination: Path = setting(..., "the diffusers folder to make", positional=True)
+    pretrained_model_name_or_path: str | None = setting(
+        None, "the base model: a diffusers folder or a Hugging Face id; empty: the one that a run's LoRA was trained on"
+    )
+    scale: float = setting(1.0, "how much of the LoRA: 1 is all, 0.5 is half, below 0 is its opposite", min=-10, max=10)
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting(
+        "fp16", "precision of the weights on disk; the sum itself is made in fp32", advanced=True
+    )
+
+
+@dataclass(frozen=True)
 class DemoConfig(Settings):
     """Teach the embedded model a subject: prepare, class images, train, pictures before and after, convert."""
 
@@ -263,6 +282,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "train": TrainConfig,
     "preview": PreviewConfig,
     "evaluate": EvaluateConfig,
+    "merge": MergeConfig,
     "convert": ConvertConfig,
     "demo": DemoConfig,
 }

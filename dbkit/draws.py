@@ -27,6 +27,7 @@ Purpose = Literal[
     "tags",
     "variant",
     "holes",
+    "lora",
 ]
 # A purpose's number is part of every seed: new purposes go at the end.
 _PURPOSES: tuple[Purpose, ...] = typing.get_args(Purpose)

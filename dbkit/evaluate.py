@@ -20,7 +20,8 @@ from dbkit.errors import DbkitError
 from dbkit.files import whole_file
 from dbkit.images import list_images, read_image, render
 from dbkit.libraries import choose_device, choose_dtype, hub_options, loading
-from dbkit.models import check_resolution, load_models, model_facts
+from dbkit.lora import Source, find_source, load_source
+from dbkit.models import check_resolution, model_facts
 from dbkit.preview import Preview, labelled_grid
 from dbkit.sampling import Shot, place, sample
 from dbkit.settings import configured_by, read_yaml, replace
@@ -90,7 +91,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     What is left empty is read from the settings.yaml of the run that the model lies in. Raises DbkitError when there is
     nothing to compare with.
     """
-    facts = model_facts(config.model)
+    trained = find_source(config.model)
+    facts = model_facts(trained.pretrained_model_name_or_path)
     if facts is None:
         raise DbkitError(f"there is no model folder {config.model}; give a run's model/ or one of its checkpoints")
     run = _run_settings(config.model)
@@ -105,16 +107,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     prompts = list(config.prompt) or _default_prompts(config, run, paths)
     instance = [render(read_image(path), (side, side)) for path in paths]
 
-    small = embedded.is_embedded(config.model)
+    small = embedded.is_embedded(trained.pretrained_model_name_or_path)
     clip = _Clip(config.clip or (embedded.CLIP if small else "openai/clip-vit-base-patch32"), device)
     dino = _Dino(config.dino or (embedded.DINO if small else "facebook/dino-vits16"), device)
     # CLIP has never heard of the identifier: its text names the class alone.
     texts = [_without_identifier(prompt, config.instance_prompt, config.class_prompt) for prompt in prompts]
     origin = {name: run.get(name) for name in ("revision", "tokenizer_name", "clip_skip")}
-    pictures = [
-        _samples(config, prompts, side, device, dtype, *which)
-        for which in ((config.pretrained_model_name_or_path, origin), (config.model, {}))
-    ]
+    untrained = Source(config.pretrained_model_name_or_path, **origin)
+    pictures = [_samples(config, prompts, side, device, dtype, source) for source in (untrained, trained)]
     base, model = (_measure(drawn, instance, texts, clip, dino) for drawn in pictures)
     _save_grid(output, prompts, pictures, config)
     return Evaluation(base, model, output)
@@ -183,13 +183,12 @@ def _samples(
     side: int,
     device: torch.device,
     dtype: torch.dtype,
-    name: str | Path,
-    origin: dict[str, Any],
+    source: Source,
 ) -> tuple[Pictures, Pictures]:
     """Pictures of the prompts, num_per_prompt of each in turn, and of the class prompt, as many as of all prompts."""
     from tqdm import tqdm
 
-    models = load_models(name, **origin)
+    models = load_source(source)
     place(models, device, dtype)
     wanted = [(prompt, number) for prompt in prompts for number in range(config.num_per_prompt)]
     count = len(wanted)
@@ -197,7 +196,7 @@ def _samples(
     guidance_scale = 7.5 if config.guidance_scale is None else config.guidance_scale
     shots = [Shot(prompt, draws.generator(config.seed, "preview", sample=n), guidance_scale) for prompt, n in wanted]
     drawn = sample(models, shots, (side, side), config.num_inference_steps, config.sample_batch_size, dtype)
-    label = f"samples of {Path(name).name}"
+    label = f"samples of {Path(source.lora or source.pretrained_model_name_or_path).name}"
     pictures = list(tqdm(drawn, label, len(shots), file=sys.stdout, mininterval=1, leave=False))
     return pictures[:count], pictures[count:]
 

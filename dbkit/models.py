@@ -38,6 +38,8 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model.safetensors",
 }
 TEXT_PREFIX = "text_model."
+# In the folder of a LoRA: which model it belongs to.
+LORA_BASE = "lora.json"
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
         raise DbkitError(f"{folder} is a Stable Diffusion XL model; dbkit trains Stable Diffusion 1.x and 2.x")
     if (folder / "model" / "model_index.json").is_file():
         raise DbkitError(f"{folder} is a run; its model is {folder / 'model'}")
+    if (folder / LORA_BASE).is_file():
+        raise DbkitError(f"{folder} is a LoRA and no whole model; make one of it first: dbkit merge {folder} FOLDER")
     if not any((folder / part).is_dir() for part in PARTS):
         raise DbkitError(f"{folder} is not a model folder, which has {', '.join(PARTS)} in it; check the path")
     missing = [f"{part}/{_CONFIGS[part]}" for part in PARTS if not (folder / part / _CONFIGS[part]).is_file()]
@@ -331,10 +335,6 @@ def _model_index(models: Models) -> dict[str, Any]:
 
 
 def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: str | None) -> None:
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(precision)
     target = folder / part
     target.mkdir(exist_ok=True)
     if part == "text_encoder":
@@ -342,17 +342,27 @@ def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: st
         module.config.save_pretrained(target)
     else:
         module.save_config(target)
+    save_tensors(state_dict(module, part), target / WEIGHTS[part], f"the {part}", precision, {"format": "pt"})
+
+
+def save_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, owner: str, precision: str | None, metadata: dict[str, str]
+) -> None:
+    """Write a safetensors file in fp16, bf16, fp32 or as the tensors are, then read it back and compare."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(precision)
     weights = {}
-    for name, tensor in state_dict(module, part).items():
+    for name, tensor in tensors.items():
         cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
         if tensor.is_floating_point() and not cast.isfinite().all():
             raise DbkitError(
-                f"the weight {name} of the {part} is no number or does not fit in {precision or 'its type'}; set "
+                f"the weight {name} of {owner} is no number or does not fit in {precision or 'its type'}; set "
                 "save_precision to bf16 or fp32, or train again at a lower learning_rate"
             )
         weights[name] = cast
-    path = target / WEIGHTS[part]
-    save_file(weights, path, metadata={"format": "pt"})
+    save_file(weights, path, metadata=metadata)
     share(path)
     written = load_file(path)
     if written.keys() != weights.keys() or not all(torch.equal(written[name], weights[name]) for name in weights):

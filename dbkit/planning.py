@@ -17,6 +17,7 @@ from dbkit.errors import DbkitError
 from dbkit.examples import Example, class_examples, describe, first_prompts, instance_examples, require_apart
 from dbkit.files import move_aside
 from dbkit.images import list_images
+from dbkit.lora import require_peft
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
 from dbkit.optimizers import probe_8bit_adam
 from dbkit.order import Order
@@ -58,6 +59,8 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     require_tracker(config, run)
     if config.pretrained_vae_name_or_path:
         vae_folder(config.pretrained_vae_name_or_path)
+    if config.adapter == "lora":
+        require_peft()
     if config.use_8bit_adam:
         probe_8bit_adam(device)
     concepts = concepts_of(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from dbkit.config import PreviewConfig
 from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file
 from dbkit.libraries import choose_device, choose_dtype
-from dbkit.models import Models, check_resolution, load_models, model_facts
+from dbkit.lora import find_source, load_source
+from dbkit.models import Models, check_resolution, model_facts
 from dbkit.sampling import Shot, borrowed, place, sample
 from dbkit.settings import configured_by
 from dbkit.text import check_clip_skip
@@ -55,13 +57,14 @@ def preview(config: PreviewConfig) -> Preview:
     if config.output.suffix.lower() != ".png":
         raise DbkitError(f"output is {config.output}; give the grid a name that ends in .png")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    facts = model_facts(config.model)
+    source = find_source(config.model, config.lora)
+    facts = model_facts(source.pretrained_model_name_or_path)
     if config.resolution:
         check_resolution(config.resolution, facts)
     check_clip_skip(config.clip_skip, facts and facts.text_layers)
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    models = load_models(config.model, clip_skip=config.clip_skip)
+    models = load_source(dataclasses.replace(source, clip_skip=config.clip_skip or source.clip_skip))
     place(models, device, dtype)
     return make_preview(
         models,

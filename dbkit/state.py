@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
+from dbkit.lora import add_lora
 from dbkit.models import Models
 from dbkit.optimizers import load_optimizer, make_optimizer, make_scaler
 from dbkit.text import encode_prompts, unused_layers
@@ -54,6 +55,8 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
             module.enable_gradient_checkpointing()
         elif config.gradient_checkpointing:
             module.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.adapter == "lora":
+        trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
         layer.requires_grad_(False)
     optimizer = make_optimizer(config, trained, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from dbkit.files import one_process, require_space, stop_requests
 from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
+from dbkit.lora import save_lora
 from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 from dbkit.models import (
     Models,
@@ -192,7 +194,7 @@ def _require_run_space(run: Path, config: TrainConfig, state: State) -> None:
     size = count * (4 + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0))
     everything = (state.models.unet, state.models.text_encoder, state.models.vae)
     weights = sum(p.numel() for module in everything for p in module.parameters())
-    usable = weights * (4 if config.save_precision == "fp32" else 2)
+    usable = (count if config.adapter == "lora" else weights) * (4 if config.save_precision == "fp32" else 2)
     kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
     there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.exists() else 0
     require_space(run, max(size, 2 * size + (kept + 1) * usable - there), "this run")
@@ -252,10 +254,20 @@ def _commit(
         return folder
     target = run / "model" if finished else step_folder(run / "checkpoints", step)
     with state.averaged():
-        commit(target, step, lambda partial: save_models(state.models, partial, config.save_precision), identity)
+        commit(target, step, _writer(run, config, state, step, finished), identity)
     if (run / "checkpoints").exists():
         rotate(run / "checkpoints", step, config.checkpoints_total_limit)
     return target
+
+
+def _writer(run: Path, config: TrainConfig, state: State, step: int, finished: bool) -> Callable[[Path], None]:
+    """What fills the folder of a checkpoint or of the finished model."""
+    if config.adapter == "none":
+        return functools.partial(save_models, state.models, precision=config.save_precision)
+    # User interfaces list a LoRA by the name of its file.
+    return functools.partial(
+        save_lora, state.models, config=config, name=run.name if finished else f"{run.name}-{step:06d}"
+    )
 
 
 def _preview(

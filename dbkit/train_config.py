@@ -230,6 +230,35 @@ class TrainConfig(Settings):
         advanced=True,
         needs="train_text_encoder",
     )
+    adapter: Literal["none", "lora"] = setting(
+        "none",
+        "lora: the model stays as it is, and a small file that goes with it is trained (arXiv:2106.09685): less memory, megabytes instead of gigabytes; it wants a higher learning_rate, 1e-4 is usual",
+        fixed=True,
+    )
+    lora_rank: int = setting(
+        16,
+        "size of the LoRA: the inner width of each adapter; more holds more detail and makes a larger file",
+        min=1,
+        max=1024,
+        fixed=True,
+        needs="adapter=lora",
+    )
+    lora_alpha: float | None = setting(
+        None,
+        "strength of the LoRA: its output is multiplied by lora_alpha / lora_rank; empty: lora_rank, which makes that 1",
+        above=0,
+        max=1024,
+        fixed=True,
+        advanced=True,
+        needs="adapter=lora",
+    )
+    lora_modules: Literal["attention", "transformer", "all"] = setting(
+        "attention",
+        "which layers get an adapter: those of attention, all of the transformer blocks (as kohya's scripts do), or these and the convolutions",
+        fixed=True,
+        advanced=True,
+        needs="adapter=lora",
+    )
     num_train_epochs: int = setting(
         100,
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",

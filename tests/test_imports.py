@@ -15,14 +15,14 @@ PACKAGE = Path(dbkit.__file__).parent
 LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
     libraries tokenizer text identifier faces measures doctor sources report dataset edits captioners captioning
-    examples models sampling class_images cache losses checkpoint resume trackers log optimizers ema state auto preview
-    evaluate planning train keys families convert demo suggestions forms editor cli
+    examples models sampling class_images cache losses checkpoint resume trackers log optimizers lora ema state auto
+    preview evaluate planning train keys families convert demo suggestions forms editor cli
 """
 ORDER = LISTED.split()
 
 HEAVY = (
     "torch diffusers transformers accelerate safetensors huggingface_hub numpy PIL yaml tqdm ipywidgets IPython "
-    "bitsandbytes tokenizers imagehash scipy cv2 onnxruntime rapidocr pillow_heif"
+    "bitsandbytes tokenizers imagehash scipy cv2 onnxruntime rapidocr pillow_heif peft"
 )
 
 
