@@ -359,9 +359,22 @@ class TrainConfig(Settings):
         advanced=True,
     )
     logging_dir: Path | None = setting(None, "folder of the tracker's files; empty: logs in output_dir", advanced=True)
-    push_to_hub: bool = setting(False, "upload the finished model to the Hugging Face Hub", advanced=True, waits=LATER)
-    hub_token: str | None = setting(None, "token for the upload", advanced=True, waits=LATER, secret=True)
-    hub_model_id: str | None = setting(None, "repository of the upload", advanced=True, waits=LATER)
+    push_to_hub: bool = setting(
+        False,
+        "upload the finished model to the Hugging Face Hub; its token comes from `hf auth login`, HF_TOKEN, or on Colab the secret of that name",
+        advanced=True,
+    )
+    hub_token: str | None = setting(
+        None, "token of the upload, if not the one that is logged in; it is never saved", advanced=True, secret=True
+    )
+    hub_model_id: str | None = setting(
+        None, "repository of the upload, owner/name or name; empty: the name of the run's folder", advanced=True
+    )
+    hub_private: bool = setting(
+        True,
+        "only you see the upload; usually public elsewhere, but what is taught is often a face; off: everyone sees it",
+        advanced=True,
+    )
     local_rank: int = setting(-1, "rank of this process among several GPUs", advanced=True, waits=LATER)
 
     @property
@@ -372,6 +385,7 @@ class TrainConfig(Settings):
     def contradictions(self) -> list[str]:
         """Sentences about settings that do not go together."""
         mistakes = [*waiting(self), *self._data_mistakes(), *self._label_mistakes(), *self._prior_mistakes()]
+        mistakes += self._hub_mistakes()
         if self.lr_scheduler == "constant" and self.lr_warmup_steps:
             mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
         model = Path(self.pretrained_model_name_or_path)
@@ -450,6 +464,13 @@ class TrainConfig(Settings):
                 "class_prompt and instance_prompt are the same; put an identifier, a rare word, in instance_prompt only"
             ]
         return []
+
+    def _hub_mistakes(self) -> list[str]:
+        if self.push_to_hub:
+            return []
+        given = [name for name in ("hub_token", "hub_model_id") if getattr(self, name)]
+        given += [] if self.hub_private else ["hub_private"]
+        return [f"{name} has no effect without push_to_hub; turn that on or leave {name} out" for name in given]
 
 
 _OF_A_CONCEPT = ("instance_prompt", "class_prompt", "instance_data_dir", "class_data_dir")

@@ -82,7 +82,7 @@ def test_a_programmers_mistake_keeps_its_traceback(photos, tmp_path, monkeypatch
         ),
         (
             ["train", "--learnin-rate=1e-6"],
-            "--learnin-rate=1e-6 is not known to dbkit train; did you mean 'learning_rate'?",
+            "--learnin-rate is not known to dbkit train; did you mean 'learning_rate'?",
         ),
         (
             ["train", "--no-centre_crop"],
