@@ -113,7 +113,8 @@ def _repository_name(config: TrainConfig, run: Path) -> str:
 
     name = config.hub_model_id or run.name
     try:
-        validate_repo_id(name)
+        # The client's check before version 2 takes letters of any script.
+        validate_repo_id(name if name.isascii() else "")
     except HFValidationError as error:
         what = f"hub_model_id is {name!r}" if config.hub_model_id else f"no repository can be called {name!r}"
         raise DbkitError(
@@ -212,12 +213,14 @@ def model_card(
     header |= {"tags": ["stable-diffusion", "text-to-image", "diffusers", method], "instance_prompt": prompts[0]}
     dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}[ran["save_precision"]]
     rows = [f"| {name} | {_cell(value)} |" for name, value in (("steps", step), *_shown(ran).items())]
-    how = "a subject by [DreamBooth](https://arxiv.org/abs/2208.12242)" if method == "dreambooth" else "by its captions"
+    how = "fine-tuned on pictures and their prompts"
+    if method == "dreambooth":
+        how = "taught a subject by [DreamBooth](https://arxiv.org/abs/2208.12242)"
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False, width=10**6)}---\n",
             f"# {repo_id.partition('/')[2]}\n",
-            f"{base or 'A Stable Diffusion model'}, taught {how} in {step} steps with dbkit.\n",
+            f"{base or 'A Stable Diffusion model'}, {how} in {step} steps with dbkit.\n",
             *([f"![Pictures of this model]({_PICTURE})\n"] if picture else []),
             "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n",
             f'pipeline = DiffusionPipeline.from_pretrained("{repo_id}", torch_dtype=torch.{dtype}).to("cuda")',

@@ -44,7 +44,7 @@ class Settings:
                 object.__setattr__(self, field.name, value)
                 _check_range(field, value)
             except ValueError as error:
-                mistakes.append(f"{field.name} {'is no text' if field.metadata.get('secret') else error}")
+                mistakes.append(f"{field.name} {'is no text; write text' if field.metadata.get('secret') else error}")
         # Relations between settings are only looked at once each setting is what it claims to be.
         mistakes = mistakes or self.contradictions()
         if mistakes:

@@ -115,7 +115,8 @@ def _about(hub, role, body, name):
     if name not in hub.repositories:
         return 404, {"error": "Repository not found"}
     repository = hub.repositories[name]
-    return 200, {"id": name, "modelId": name, "private": repository.private, "sha": repository.sha, "siblings": []}
+    facts = {"id": name, "private": repository.private, "sha": repository.sha}
+    return 200, {**facts, "siblings": [], "tags": [], "downloads": 0, "likes": 0}
 
 
 def _modes(hub, role, body, name):

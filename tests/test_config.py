@@ -26,9 +26,6 @@ TABLE = """
 """
 
 WAITING = {
-    "push_to_hub": True,
-    "hub_token": "hf_hush",
-    "hub_model_id": "owner/name",
     "local_rank": 0,
 }
 
@@ -45,6 +42,8 @@ FLAG_VALUES = {
     "lr_warmup_steps": ["1", "--lr_scheduler=linear"],
     "adam_beta1": ["0.5"],
     "adam_beta2": ["0.5"],
+    "hub_token": ["hf_hush", "--push_to_hub"],
+    "hub_model_id": ["owner/name", "--push_to_hub"],
     "log_with": ["wandb"],
     "logging_dir": ["logs", "--log_with", "tensorboard"],
     "mixed_precision": ["bf16"],
@@ -188,10 +187,10 @@ def test_settings_that_go_together_are_accepted(changes):
 
 def test_all_contradictions_are_named_at_once():
     with pytest.raises(DbkitError) as caught:
-        made(instance_prompt=None, class_prompt="dog", lr_warmup_steps=3, push_to_hub=True, output_dir="photos")
+        made(instance_prompt=None, class_prompt="dog", lr_warmup_steps=3, local_rank=0, output_dir="photos")
     said = str(caught.value).splitlines()
     assert said[0] == "5 settings need a change:"
-    for part in ("push_to_hub", "no prompt", "class_prompt", "warm-up", "output_dir"):
+    for part in ("local_rank", "no prompt", "class_prompt", "warm-up", "output_dir"):
         assert sum(part in line for line in said[1:]) == 1
 
 
@@ -218,10 +217,11 @@ def test_saved_training_settings_load_as_the_same_settings(tmp_path):
 
 
 def test_the_token_is_never_saved_nor_said():
-    config = made()
+    config = made(push_to_hub=True, hub_token="hf_hush", hub_model_id="owner/name")
     assert "hub_model_id" in plain(config)
     assert "hub_token" not in plain(config)
     assert "hub_token" not in to_yaml(config)
+    assert "hf_hush" not in repr(config) and "hub_model_id='owner/name'" in repr(config)
     with pytest.raises(DbkitError) as caught:
         made(hub_token="hf_hush")
     assert "hf_hush" not in str(caught.value)
