@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")  # a prompt in another script must not end a training
     try:
         command, config = _parse(sys.argv[1:] if arguments is None else list(arguments))
+        if arguments is None:
+            _hide_secrets(config)
         module, function = _FUNCTIONS[command]
         print(getattr(importlib.import_module(module), function)(config))
         return 0
@@ -47,6 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _hide_secrets(config: Settings) -> None:
+    """Take secrets out of the process's arguments, which trackers write down."""
+    for field in dataclasses.fields(config):
+        if field.metadata.get("secret") and (value := getattr(config, field.name)):
+            sys.argv[:] = [argument.replace(value, "***") for argument in sys.argv]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -107,6 +116,7 @@ def _help(field: dataclasses.Field) -> str:
 
 
 def _unknown_argument(argument: str, command: str, cls: type[Settings]) -> str:
+    argument = argument.partition("=")[0]  # its value may be a token
     names = [field.name for field in dataclasses.fields(cls)]
-    hint = closest(argument.partition("=")[0].lstrip("-").removeprefix("no-"), names)
+    hint = closest(argument.lstrip("-").removeprefix("no-"), names)
     return f"{argument} is not known to dbkit {command}{hint or f'; dbkit {command} --help lists what is'}"

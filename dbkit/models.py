@@ -342,6 +342,7 @@ def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: st
         module.config.save_pretrained(target)
     else:
         module.save_config(target)
+    _forget_origin(target / _CONFIGS[part])
     save_tensors(state_dict(module, part), target / WEIGHTS[part], f"the {part}", precision, {"format": "pt"})
 
 
@@ -369,6 +370,13 @@ def save_tensors(
         raise DbkitError(
             f"{path} reads back differently from what was written; the disk may be failing, save elsewhere"
         )
+
+
+def _forget_origin(path: Path) -> None:
+    """Take out of a configuration where the part was loaded from: a path of this machine is nobody's business."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        write_text(path, json.dumps(config, indent=2) + "\n")
 
 
 def state_dict(module: torch.nn.Module, part: str) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from dbkit.config import ClassImagesConfig
 from dbkit.errors import DbkitError
 from dbkit.examples import Example, class_examples, describe, first_prompts, instance_examples, require_apart
 from dbkit.files import move_aside
+from dbkit.hub import require_hub
 from dbkit.images import list_images
 from dbkit.lora import require_peft
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
@@ -69,6 +70,8 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     order = _order(config, concepts, instance, [])
     _check_weights(order, len(instance))
     total = _total_steps(config, order)
+    # After every other mistake, since this makes a repository.
+    require_hub(config, run)
     if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
         print(f"the earlier run is moved to {move_aside(run)}")
     saved = newest_state(run)

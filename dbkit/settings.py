@@ -28,12 +28,12 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
     between the sessions of one run), needs (the setting without which this one has no effect, "name", or
     "name=value"), auto (the word auto may stand for the value, which is then chosen when the function runs), waits
-    (why the setting is refused for now), secret (never saved).
+    (why the setting is refused for now), secret (never saved or shown).
     """
-    metadata = {"help": help, **facts}
+    options = {"metadata": {"help": help, **facts}, "repr": not facts.get("secret")}
     if default is ...:
-        return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(**options)
+    return dataclasses.field(default=default, **options)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Settings:
                 object.__setattr__(self, field.name, value)
                 _check_range(field, value)
             except ValueError as error:
-                mistakes.append(f"{field.name} {error}")
+                mistakes.append(f"{field.name} {'is no text; write text' if field.metadata.get('secret') else error}")
         # Relations between settings are only looked at once each setting is what it claims to be.
         mistakes = mistakes or (self.contradictions() if not left else _certain_contradictions(self, left))
         if mistakes:
@@ -302,7 +302,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise DbkitError(f"there is no settings file {path}; check the path")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # Read from a file, not from a text: of a text the error would show the line, which may hold a token.
+        with path.open(encoding="utf-8") as file:
+            values = yaml.safe_load(file)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DbkitError(f"{path} is not readable as YAML ({' '.join(str(error).split())}); mend that line") from error
     if values is not None and not isinstance(values, dict):

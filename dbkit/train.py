@@ -15,6 +15,7 @@ from dbkit.concepts import Concept
 from dbkit.errors import DbkitError
 from dbkit.examples import first_prompts
 from dbkit.files import one_process, require_space, stop_requests
+from dbkit.hub import upload_model
 from dbkit.identifier import describe
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
@@ -65,6 +66,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     plan = make_plan(config, run, device)
     if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
         print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
+        upload_model(config, run, plan.done, first_prompts(plan.instance, plan.concepts))
         return run / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
@@ -115,8 +117,9 @@ def _train(config: TrainConfig, run: Path) -> Path:
         raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
-    prompts = ", or: ".join(first_prompts(plan.instance, plan.concepts))
-    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {prompts}")
+    prompts = first_prompts(plan.instance, plan.concepts)
+    print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
+    upload_model(config, run, total, prompts)
     return model
 
 

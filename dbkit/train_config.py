@@ -480,9 +480,30 @@ class TrainConfig(Settings):
     logging_dir: Path | None = setting(
         None, "folder of the tracker's files; empty: logs in output_dir", advanced=True, needs="log_with"
     )
-    push_to_hub: bool = setting(False, "upload the finished model to the Hugging Face Hub", advanced=True, waits=LATER)
-    hub_token: str | None = setting(None, "token for the upload", advanced=True, waits=LATER, secret=True)
-    hub_model_id: str | None = setting(None, "repository of the upload", advanced=True, waits=LATER)
+    push_to_hub: bool = setting(
+        False,
+        "upload the finished model to the Hugging Face Hub; its token comes from `hf auth login`, HF_TOKEN, or on Colab the secret of that name",
+        advanced=True,
+    )
+    hub_token: str | None = setting(
+        None,
+        "token of the upload, if not the one that is logged in; it is never saved",
+        advanced=True,
+        secret=True,
+        needs="push_to_hub",
+    )
+    hub_model_id: str | None = setting(
+        None,
+        "repository of the upload, owner/name or name; empty: the name of the run's folder",
+        advanced=True,
+        needs="push_to_hub",
+    )
+    hub_private: bool = setting(
+        True,
+        "only you see the upload; usually public elsewhere, but what is taught is often a face; off: everyone sees it",
+        advanced=True,
+        needs="push_to_hub",
+    )
     local_rank: int = setting(-1, "rank of this process among several GPUs", advanced=True, waits=LATER)
 
     @property

@@ -82,7 +82,7 @@ def test_a_programmers_mistake_keeps_its_traceback(photos, tmp_path, monkeypatch
         ),
         (
             ["train", "--learnin-rate=1e-6"],
-            "--learnin-rate=1e-6 is not known to dbkit train; did you mean 'learning_rate'?",
+            "--learnin-rate is not known to dbkit train; did you mean 'learning_rate'?",
         ),
         (
             ["train", "--no-centre_crop"],
@@ -111,6 +111,15 @@ def test_an_unknown_command_is_refused_with_the_ones_there_are(refused):
     assert "'trian'" in sentence
     assert all(command in sentence for command in COMMANDS)
     assert sentence.endswith("; dbkit --help lists what there is")
+
+
+def test_a_secret_is_taken_out_of_the_arguments_that_others_may_write_down(monkeypatch, capsys):
+    secret = ["--hub_token", "hf_hush", "--hub-token=hf_hush"]
+    given = ["train", "--pretrained_model_name_or_path=nowhere", "--instance_data_dir=photos", "--instance_prompt=zwx"]
+    monkeypatch.setattr(sys, "argv", ["dbkit", *given, "--push_to_hub", *secret])
+    assert main() == 2
+    assert sys.argv == ["dbkit", *given, "--push_to_hub", "--hub_token", "***", "--hub-token=***"]
+    assert "hf_hush" not in capsys.readouterr().err
 
 
 def test_no_command_is_refused(refused):
@@ -209,7 +218,10 @@ def test_help_lists_every_setting_in_both_spellings(capsys, command, cls):
 def test_help_says_the_default_and_what_is_not_built_yet(capsys):
     text = " ".join(shown(capsys, "train", "--help").split())
     assert "peak learning rate (default: 5e-06)" in text
-    assert "token for the upload (not built yet: comes with a later version of dbkit)" in text
+    assert (
+        "rank of this process among several GPUs (default: -1) (not built yet: comes with a later version of dbkit)"
+        in text
+    )
 
 
 def test_help_of_dbkit_lists_the_commands_and_version_says_the_version(capsys):

@@ -26,9 +26,6 @@ TABLE = """
 """
 
 WAITING = {
-    "push_to_hub": True,
-    "hub_token": "hf_hush",
-    "hub_model_id": "owner/name",
     "local_rank": 0,
 }
 
@@ -45,6 +42,8 @@ FLAG_VALUES = {
     "lr_warmup_steps": ["1", "--lr_scheduler=linear"],
     "adam_beta1": ["0.5"],
     "adam_beta2": ["0.5"],
+    "hub_token": ["hf_hush", "--push_to_hub"],
+    "hub_model_id": ["owner/name", "--push_to_hub"],
     "log_with": ["wandb"],
     "logging_dir": ["logs", "--log_with", "tensorboard"],
     "mixed_precision": ["bf16"],
@@ -192,17 +191,19 @@ NEEDING = {field.name: field for field in dataclasses.fields(TrainConfig) if "ne
 @pytest.mark.parametrize("name", NEEDING)
 def test_a_setting_that_would_have_no_effect_is_refused_and_what_it_needs_is_there(name):
     field = NEEDING[name]
-    values = {float: 0.3, int: 64, str: "{PROMPT} {TXT_PROMPT}", Path: Path("elsewhere")}
-    kinds = typing.get_args(field_type(TrainConfig, name)) or (field_type(TrainConfig, name),)
+    kind = field_type(TrainConfig, name)
+    kind = kind if typing.get_origin(kind) is typing.Literal else (typing.get_args(kind) or (kind,))[0]
+    values = {float: 0.3, int: 64, str: "{PROMPT} {TXT_PROMPT}", Path: Path("elsewhere"), bool: not field.default}
+    other = values[kind] if kind in values else typing.get_args(kind)[-1]
     needed, _, value = field.metadata["needs"].partition("=")
     needed_field = next(field for field in dataclasses.fields(TrainConfig) if field.name == needed)
     with pytest.raises(DbkitError) as caught:
-        made(**{name: values[kinds[0]]})
+        made(**{name: other})
     without = f"{name} has no effect without {needed}{' ' * bool(value)}{value}; turn that on or leave {name} out"
     assert without in str(caught.value)
     others = {"class_prompt": "photo of a dog"} if needed == "with_prior_preservation" else {}
     choice = value or (True if needed_field.default is False else "tensorboard")
-    assert made(**{**others, needed: choice, name: values[kinds[0]]})
+    assert made(**{**others, needed: choice, name: other})
 
 
 @pytest.mark.parametrize("stop", [2.5, 100.01])
@@ -215,10 +216,10 @@ def test_a_text_encoder_rests_after_a_whole_step_or_a_part_of_all(stop):
 
 def test_all_contradictions_are_named_at_once():
     with pytest.raises(DbkitError) as caught:
-        made(instance_prompt=None, class_prompt="dog", lr_warmup_steps=3, push_to_hub=True, output_dir="photos")
+        made(instance_prompt=None, class_prompt="dog", lr_warmup_steps=3, local_rank=0, output_dir="photos")
     said = str(caught.value).splitlines()
     assert said[0] == "5 settings need a change:"
-    for part in ("push_to_hub", "no prompt", "class_prompt", "warm-up", "output_dir"):
+    for part in ("local_rank", "no prompt", "class_prompt", "warm-up", "output_dir"):
         assert sum(part in line for line in said[1:]) == 1
 
 
@@ -245,10 +246,11 @@ def test_saved_training_settings_load_as_the_same_settings(tmp_path):
 
 
 def test_the_token_is_never_saved_nor_said():
-    config = made()
+    config = made(push_to_hub=True, hub_token="hf_hush", hub_model_id="owner/name")
     assert "hub_model_id" in plain(config)
     assert "hub_token" not in plain(config)
     assert "hub_token" not in to_yaml(config)
+    assert "hf_hush" not in repr(config) and "hub_model_id='owner/name'" in repr(config)
     with pytest.raises(DbkitError) as caught:
         made(hub_token="hf_hush")
     assert "hf_hush" not in str(caught.value)

@@ -203,6 +203,14 @@ def test_a_saved_folder_loads_again_as_the_same_model(model, tmp_path):
     assert again.scheduler_config == models.scheduler_config
 
 
+def test_a_saved_folder_does_not_say_where_it_was_loaded_from(model, tmp_path):
+    models = load_models(model)
+    assert str(models.unet.config["_name_or_path"]) == str(model)
+    save_models(models, tmp_path / "saved")
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "saved").rglob("*.json")]
+    assert len(texts) > 5 and not [text for text in texts if str(model.parent) in text]
+
+
 def test_a_saved_folder_keeps_the_sampler_it_came_with(model, tmp_path):
     save_models(load_models(model), tmp_path / "saved")
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "saved")

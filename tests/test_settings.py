@@ -222,6 +222,17 @@ def test_a_secret_is_never_saved(tmp_path):
     assert "recipe_key" not in plain(bread)
 
 
+def test_a_secret_is_never_shown(tmp_path):
+    assert "sesame" not in repr(Bread("wheat", recipe_key="open-sesame"))
+    with pytest.raises(DbkitError, match=r"^recipe_key is no text; write text$"):
+        Bread("wheat", recipe_key=["open-sesame"])
+    path = tmp_path / "bread.yaml"
+    path.write_text("flour: wheat\nrecipe_key: 'open-sesame\n")
+    with pytest.raises(DbkitError, match=r"line 3, column 1\); mend that line$") as caught:
+        Bread.load(path)
+    assert "sesame" not in str(caught.value)
+
+
 def test_plain_values_are_text_numbers_and_lists():
     values = plain(Bread("wheat", seeds=("a",)))
     assert values["flour"] == "wheat"
