@@ -222,11 +222,12 @@ def model_card(
         how = "taught a subject by [DreamBooth](https://arxiv.org/abs/2208.12242)"
     # A LoRA is put on its base; which folder that was here says nothing to others.
     loaded = (base or "the base model") if lora else repo_id
+    subject = f"A LoRA for {loaded}" if lora else base or "A Stable Diffusion model"
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(header, allow_unicode=True, sort_keys=False, width=10**6)}---\n",
             f"# {repo_id.partition('/')[2]}\n",
-            f"{f'A LoRA for {loaded}' if lora else base or 'A Stable Diffusion model'}, {how} in {step} steps with dbkit.\n",
+            f"{subject}, {how} in {step} steps with dbkit.\n",
             *([f"![Pictures of this model]({_PICTURE})\n"] if picture else []),
             "```python\nimport torch\nfrom diffusers import DiffusionPipeline\n",
             f'pipeline = DiffusionPipeline.from_pretrained("{loaded}", torch_dtype=torch.{dtype}).to("cuda")',
