@@ -18,7 +18,7 @@ from dbkit.examples import Example, class_examples, describe, first_prompts, ins
 from dbkit.files import move_aside
 from dbkit.images import list_images
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
-from dbkit.optimizers import probe_8bit_adam
+from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import check_same_run, identity_of, newest_state
@@ -42,6 +42,7 @@ class RunPlan:
     done: int
     saved: Checkpoint | None
     identity: dict[str, Any]
+    library: str
 
 
 def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
@@ -56,8 +57,6 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     require_tracker(config, run)
     if config.pretrained_vae_name_or_path:
         vae_folder(config.pretrained_vae_name_or_path)
-    if config.use_8bit_adam:
-        probe_8bit_adam(device)
     concepts = concepts_of(config)
     instance = instance_examples(config, concepts)
     previews = _preview_prompts(config, instance, concepts)
@@ -67,6 +66,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
         print(f"the earlier run is moved to {move_aside(run)}")
     saved = newest_state(run)
+    library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
     for sentence in (*describe(instance, concepts), *warnings(concepts)):
         print(sentence)
     seen = total * order.per_step / len(instance)
@@ -74,11 +74,11 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     class_set = _class_examples(config, concepts, instance)
     require_apart(instance, class_set)
     order = _order(config, concepts, instance, class_set)
-    identity = identity_of(config, instance, class_set, order.weights)
+    identity = identity_of(config, library, instance, class_set, order.weights)
     done = check_same_run(saved, identity, run)
     if 0 < done < total:
         print(f"continuing after step {done}")
-    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity)
+    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library)
 
 
 def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:

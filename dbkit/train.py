@@ -30,6 +30,8 @@ from dbkit.optimizers import (
     make_optimizer,
     make_scaler,
     out_of_memory_is_a_sentence,
+    set_learning_rate,
+    state_bytes,
 )
 from dbkit.order import Order
 from dbkit.planning import RunPlan, make_plan
@@ -75,7 +77,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     trained = _trained_parts(config, models, device)
     parameters = [parameter for module in trained.values() for parameter in module.parameters()]
     _require_run_space(run, config, models, parameters)
-    optimizer = make_optimizer(config, trained, device)
+    optimizer = make_optimizer(config, trained, device, plan.library)
     scaler = make_scaler(device, dtype)
     learning_rate = learning_rates(config, total)
     if plan.saved:
@@ -163,8 +165,7 @@ def train_step(
     scaler.unscale_(optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["factor"]
+    set_learning_rate(optimizer, learning_rate)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -202,8 +203,7 @@ def _trained_parts(config: TrainConfig, models: Models, device: torch.device) ->
 
 def _require_run_space(run: Path, config: TrainConfig, models: Models, parameters: list[torch.nn.Parameter]) -> None:
     """Raise DbkitError unless the disk holds the states (two, while one replaces the other) and the usable weights."""
-    count = sum(parameter.numel() for parameter in parameters)
-    state = count * (4 + (2 if config.use_8bit_adam else 8))
+    state = sum(4 * p.numel() for p in parameters) + state_bytes(config.chosen_optimizer, parameters)
     everything = (models.unet, models.text_encoder, models.vae)
     weights = sum(p.numel() for module in everything for p in module.parameters())
     usable = weights * (4 if config.save_precision == "fp32" else 2)
