@@ -33,6 +33,8 @@ setup(
         # HEIC photographs; faces (by what OpenCV bundles before version 5); text and watermarks.
         "photos": ["pillow-heif>=0.16", "opencv-python-headless>=4.7", "rapidocr>=3.0", "onnxruntime>=1.17"],
         "lora": ["peft>=0.12"],
+        # 8-bit AdamW, by the first of the two that works; Lion and Prodigy.
+        "optimizers": ["bitsandbytes>=0.43", "torchao>=0.7", "pytorch_optimizer>=3.0"],
         "log": ["tensorboard>=2.10", "wandb>=0.15"],
         "test": [
             "bitsandbytes>=0.43",
@@ -45,9 +47,11 @@ setup(
             "peft>=0.12",
             "pillow-heif>=0.16",
             "pytest>=8",
+            "pytorch_optimizer>=3.0",
             "rapidocr>=3.0",
             "ruff>=0.6",
             "tensorboard>=2.10",
+            "torchao>=0.7",
             "wandb>=0.15",
         ],
     },

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import embedded
 from dbkit.concepts import concepts_of
-from dbkit.errors import DbkitError
 from dbkit.examples import training_images
-from dbkit.optimizers import probe_8bit_adam
+from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
 from dbkit.train_config import TrainConfig
 
@@ -63,7 +62,7 @@ def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype:
     if kept:
         print(f"auto: {run} goes on with {_listed(kept)}")
     images = [len(training_images(concept.instance_data_dir)) for concept in concepts_of(config)]
-    chosen, reasons = choose(replace(config, **kept), images, machine_of(device, dtype))
+    chosen, reasons = choose(replace(config, **kept), images, machine_of(config, device, dtype))
     for reason in reasons:
         print(f"auto: {reason}")
     return replace(config, **kept, **chosen, auto=False)
@@ -82,7 +81,7 @@ def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tupl
     return {name: chosen.get(name, defaults[name]) for name in left_to_auto(config)}, reasons
 
 
-def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
+def machine_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Machine:
     """The facts of a device."""
     import torch
 
@@ -92,12 +91,16 @@ def machine_of(device: torch.device, dtype: torch.dtype) -> Machine:
     free, _ = torch.cuda.mem_get_info(device)
     # What torch holds and does not use is free for the run.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    try:
-        probe_8bit_adam(device)
-        works = True
-    except DbkitError:
-        works = False
-    return Machine(torch.cuda.get_device_name(device), free / 1e9, kind, works)
+    return Machine(torch.cuda.get_device_name(device), free / 1e9, kind, _has_8bit_adam(config, device))
+
+
+def _has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
+    if config.optimizer != "adamw":
+        return False
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    tried = {name: defaults[name] for name in left_to_auto(config)} | {"use_8bit_adam": True}
+    config = dataclasses.replace(config, **tried)
+    return any(not try_optimizer(config, library, device) for library in LIBRARIES["adamw8bit"])
 
 
 def _kept(run: Path, left: list[str]) -> dict[str, Any]:
@@ -120,11 +123,7 @@ def _captioned(config: TrainConfig) -> bool:
 
 
 def _lora(config: TrainConfig) -> bool:
-    return getattr(config, "adapter", "none") == "lora"
-
-
-def _optimizer(config: TrainConfig) -> str:
-    return getattr(config, "optimizer", "adamw")
+    return config.adapter == "lora"
 
 
 def _or(value: Any, choice: Any) -> Any:
@@ -145,7 +144,7 @@ def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machi
         slow = "; 800 steps of Stable Diffusion take about 9 hours on a fast CPU" if machine.name == "CPU" else ""
         return _ways(config, _WHOLE, (1,), wanted)[0], f"{why}: nothing is traded for memory{slow}"
     # Adam's moments are what a LoRA and other optimizers do not have.
-    adam = not _lora(config) and _optimizer(config) == "adamw"
+    adam = not _lora(config) and config.optimizer == "adamw"
     eight = machine.has_8bit_adam and adam
     pairs = (*_WHOLE, (False, True), (True, True)) if eight else (*_WHOLE, (True, False))
     ways = _ways(config, pairs, [size for size in (4, 2, 1) if size <= wanted], wanted)
@@ -199,7 +198,7 @@ def memory(
     picture = round((PICTURE_CHECKPOINTED if gradient_checkpointing else PICTURE) * area * (1 if half else 1.5), 2)
     pictures = train_batch_size * (2 if config.with_prior_preservation else 1)
     parameters = UNET + (TEXT_ENCODER if config.train_text_encoder else 0)
-    kept = 4 if _lora(config) else 4 + (2 if use_8bit_adam else 8)
+    kept = 4 if _lora(config) else 4 + (2 if use_8bit_adam else 8) + 4 * config.use_ema
     # Gradients: there during the forward pass only if they are summed up. A LoRA's are small.
     forward = kept if _lora(config) else kept + 2 * half + 4 * (gradient_accumulation_steps > 1)
     backward = kept if _lora(config) else kept + 4
@@ -232,7 +231,7 @@ def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chos
 
 def _learning_rate(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
     prompts = f"{config.instance_prompt or ''} {config.class_prompt or ''}".lower().replace(",", " ").split()
-    if _optimizer(config) == "prodigy":
+    if config.optimizer == "prodigy":
         rate, why = 1.0, "prodigy finds the rate, and multiplies it by this"
     elif embedded.is_embedded(config.pretrained_model_name_or_path):
         rate, why = embedded.TRAINING["learning_rate"], _MEASURED

@@ -65,10 +65,10 @@ def library_errors() -> tuple[type[Exception], ...]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' progress bars and advice off the screen; what matters is said by dbkit itself."""
-    # bitsandbytes, which the libraries import when it is there, warns of kernels that nobody asked for.
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    bitsandbytes_level = bitsandbytes.level
-    bitsandbytes.setLevel(logging.ERROR)
+    # bitsandbytes and torchao, which the libraries import when they are there, warn of kernels that nobody asked for.
+    kernels = [(log, log.level) for log in map(logging.getLogger, ("bitsandbytes", "torchao", "torch.utils._pytree"))]
+    for log, _ in kernels:
+        log.setLevel(logging.ERROR)
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
@@ -82,7 +82,8 @@ def quiet() -> Iterator[None]:
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        bitsandbytes.setLevel(bitsandbytes_level)
+        for log, level in kernels:
+            log.setLevel(level)
         for log, level in levels:
             log.set_verbosity(level)
         for log, enabled in bars:

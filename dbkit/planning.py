@@ -20,7 +20,7 @@ from dbkit.hub import require_hub
 from dbkit.images import list_images
 from dbkit.lora import require_peft
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
-from dbkit.optimizers import probe_8bit_adam
+from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import check_same_run, identity_of, newest_state
@@ -45,6 +45,7 @@ class RunPlan:
     done: int
     saved: Checkpoint | None
     identity: dict[str, Any]
+    library: str
 
 
 def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
@@ -62,8 +63,6 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
         vae_folder(config.pretrained_vae_name_or_path)
     if config.adapter == "lora":
         require_peft()
-    if config.use_8bit_adam:
-        probe_8bit_adam(device)
     concepts = concepts_of(config)
     instance = instance_examples(config, concepts)
     previews = _preview_prompts(config, instance, concepts)
@@ -75,6 +74,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
         print(f"the earlier run is moved to {move_aside(run)}")
     saved = newest_state(run)
+    library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
     for sentence in (*describe(instance, concepts), *warnings(concepts)):
         print(sentence)
     seen = total * order.per_step / len(instance)
@@ -82,11 +82,11 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     class_set = _class_examples(config, concepts, instance)
     require_apart(instance, class_set)
     order = _order(config, concepts, instance, class_set)
-    identity = identity_of(config, instance, class_set, order.weights)
+    identity = identity_of(config, library, instance, class_set, order.weights)
     done = check_same_run(saved, identity, run)
     if 0 < done < total:
         print(f"continuing after step {done}")
-    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity)
+    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library)
 
 
 def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:

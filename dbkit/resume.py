@@ -16,12 +16,20 @@ from dbkit.train_config import TrainConfig
 
 
 def identity_of(
-    config: TrainConfig, instance: list[Example], class_set: list[Example], weights: Sequence[float] = (1.0,)
+    config: TrainConfig,
+    library: str,
+    instance: list[Example],
+    class_set: list[Example],
+    weights: Sequence[float] = (1.0,),
 ) -> dict[str, Any]:
-    """What a run's state belongs to. The model and the data count by what they hold, not by where they lie."""
+    """What a run's state belongs to. The model and the data count by what they hold, not by where they lie.
+
+    library is that of the optimizer, whose state no other library can read.
+    """
     fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
+    settings = {name: value for name, value in plain(config).items() if name in fixed}
     return {
-        "settings": {name: value for name, value in plain(config).items() if name in fixed},
+        "settings": {**settings, "optimizer": config.chosen_optimizer, "library of the optimizer": library},
         "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
         "pretrained_vae_name_or_path": models.vae_fingerprint(config.pretrained_vae_name_or_path),
         "instance images or captions": fingerprint(instance),

@@ -44,7 +44,7 @@ class State:
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
 
 
-def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype) -> State:
+def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype, library: str) -> State:
     """Put the trained parts on the device, ready for training; what is trained is fp32, for the optimizer needs it."""
     trained: dict[str, torch.nn.Module] = {"unet": models.unet}
     if config.train_text_encoder:
@@ -59,7 +59,7 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
         trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
         layer.requires_grad_(False)
-    optimizer = make_optimizer(config, trained, device)
+    optimizer = make_optimizer(config, trained, device, library)
     ema = Ema(trained, config.ema_decay) if config.use_ema else None
     return State(models, trained, optimizer, make_scaler(device, dtype), ema, dtype)
 

@@ -29,7 +29,7 @@ from dbkit.models import (
     save_models,
     with_zero_terminal_snr,
 )
-from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence
+from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate, state_bytes
 from dbkit.order import Order
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
@@ -75,7 +75,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
-    state = make_state(config, models, device, dtype)
+    state = make_state(config, models, device, dtype, plan.library)
     assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     _require_run_space(run, config, state)
     if plan.saved:
@@ -157,8 +157,7 @@ def train_step(
             losses += torch.stack(parts).detach() / passes
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group["factor"]
+    set_learning_rate(optimizer, learning_rate)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -194,7 +193,7 @@ def stop_step(config: TrainConfig, total: int) -> int:
 def _require_run_space(run: Path, config: TrainConfig, state: State) -> None:
     """Raise DbkitError unless the disk holds the states (two, while one replaces the other) and the usable weights."""
     count = sum(parameter.numel() for parameter in state.parameters)
-    size = count * (4 + (2 if config.use_8bit_adam else 8) + (4 if config.use_ema else 0))
+    size = count * (8 if config.use_ema else 4) + state_bytes(config.chosen_optimizer, state.parameters)
     everything = (state.models.unet, state.models.text_encoder, state.models.vae)
     weights = sum(p.numel() for module in everything for p in module.parameters())
     usable = (count if config.adapter == "lora" else weights) * (4 if config.save_precision == "fp32" else 2)

@@ -9,6 +9,7 @@ from typing import Literal
 from dbkit.settings import Settings, setting, waiting, with_auto, without_effect
 
 SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+OPTIMIZERS = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
 LATER = "later version of dbkit"
@@ -355,6 +356,22 @@ class TrainConfig(Settings):
         min=0,
         advanced=True,
     )
+    lr_num_cycles: int = setting(
+        1,
+        "how often lr_scheduler cosine_with_restarts falls from its peak to 0",
+        min=1,
+        max=1000,
+        advanced=True,
+        needs="lr_scheduler=cosine_with_restarts",
+    )
+    lr_power: float = setting(
+        1.0,
+        "power of lr_scheduler polynomial; 1 falls in a straight line",
+        above=0,
+        max=100,
+        advanced=True,
+        needs="lr_scheduler=polynomial",
+    )
     scale_lr: bool = setting(
         False, "multiply the learning rate by train_batch_size and gradient_accumulation_steps", advanced=True
     )
@@ -374,17 +391,38 @@ class TrainConfig(Settings):
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a quarter slower", auto=True
     )
+    optimizer: OPTIMIZERS = setting(
+        "adamw",
+        "adamw; adamw8bit and adafactor: a quarter of its state; lion: half, wants a third to a tenth of AdamW's learning_rate; prodigy: twice, finds its own rate, wants learning_rate 1; these two need pytorch_optimizer",
+        fixed=True,
+        advanced=True,
+    )
     use_8bit_adam: bool = setting(
         False,
-        "keep the optimizer's moments in 8 bit (bitsandbytes): 6 bytes a parameter less",
-        fixed=True,
+        "the same as optimizer adamw8bit: 6 bytes a parameter less; bitsandbytes, or torchao where that fails",
         auto=True,
     )
-    adam_beta1: float = setting(0.9, "decay of AdamW's first moment", min=0, max=0.9999, advanced=True, fixed=True)
-    adam_beta2: float = setting(0.999, "decay of AdamW's second moment", min=0, max=0.999999, advanced=True, fixed=True)
-    adam_weight_decay: float = setting(0.01, "AdamW's weight decay", min=0, max=1, advanced=True, fixed=True)
+    adam_beta1: float = setting(
+        0.9, "decay of the first moment; adafactor has none", min=0, max=0.9999, advanced=True, fixed=True
+    )
+    adam_beta2: float | None = setting(
+        None,
+        "decay of the second moment; empty: 0.999, of lion 0.99; adafactor has its own",
+        min=0,
+        max=0.999999,
+        advanced=True,
+        fixed=True,
+    )
+    adam_weight_decay: float = setting(
+        0.01, "weight decay, times the learning rate", min=0, max=1, advanced=True, fixed=True
+    )
     adam_epsilon: float = setting(
-        1e-8, "AdamW's epsilon, which keeps a division finite", above=0, max=1, advanced=True, fixed=True
+        1e-8,
+        "keeps a division finite; of adamw, adamw8bit and prodigy",
+        above=0,
+        max=1,
+        advanced=True,
+        fixed=True,
     )
     max_grad_norm: float = setting(
         1.0, "gradients are scaled down to this global norm", above=0, advanced=True, fixed=True
@@ -511,6 +549,17 @@ class TrainConfig(Settings):
         """Width and height of the training images where they are square."""
         return self.resolution, self.resolution
 
+    @property
+    def chosen_optimizer(self) -> str:
+        """The optimizer, with use_8bit_adam read as adamw8bit."""
+        return "adamw8bit" if self.use_8bit_adam else self.optimizer
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The highest learning rate of the run, after scale_lr."""
+        images = self.train_batch_size * self.gradient_accumulation_steps
+        return self.learning_rate * (images if self.scale_lr else 1)
+
     def contradictions(self) -> list[str]:
         """Sentences about settings that do not go together."""
         mistakes = [
@@ -519,9 +568,9 @@ class TrainConfig(Settings):
             *self._data_mistakes(),
             *self._label_mistakes(),
             *self._prior_mistakes(),
+            *self._schedule_mistakes(),
+            *self._optimizer_mistakes(),
         ]
-        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
-            mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
         model = Path(self.pretrained_model_name_or_path)
         used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
         used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
@@ -544,6 +593,32 @@ class TrainConfig(Settings):
         if not given:
             return []
         return [f"concepts_list says {' and '.join(given)} for each concept; leave {' and '.join(given)} empty"]
+
+    def _schedule_mistakes(self) -> list[str]:
+        mistakes = []
+        if self.lr_scheduler == "constant" and self.lr_warmup_steps:
+            mistakes.append("lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0")
+        if self.lr_scheduler == "polynomial" and self.peak_learning_rate <= 1e-7:
+            mistakes.append(
+                f"lr_scheduler polynomial falls to 1e-07, and learning_rate {self.peak_learning_rate:g} is not above "
+                "that; raise learning_rate or choose linear"
+            )
+        return mistakes
+
+    def _optimizer_mistakes(self) -> list[str]:
+        if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
+            return [f"use_8bit_adam means adamw8bit, and optimizer is {self.optimizer}; leave one of them out"]
+        unused = {"adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion": ("adam_epsilon",)}
+        given = [n for n in unused.get(self.optimizer, ()) if getattr(self, n) != getattr(type(self), n)]
+        mistakes = [f"{name} has no effect with optimizer {self.optimizer}; leave it out" for name in given]
+        if self.optimizer == "prodigy" and self.learning_rate < 1e-3:
+            mistakes.append(
+                f"optimizer prodigy multiplies the rate that it finds by learning_rate, and {self.learning_rate:g} would "
+                "learn nothing; set learning_rate to 1"
+            )
+        if self.optimizer == "prodigy" and self.text_encoder_learning_rate not in (None, self.learning_rate):
+            mistakes.append("optimizer prodigy finds one rate for all parts; leave text_encoder_learning_rate out")
+        return mistakes
 
     def _label_mistakes(self) -> list[str]:
         labels = ("combine_prompt_from_txt", "use_txt_as_label", "use_filename_as_label")

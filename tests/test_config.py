@@ -87,6 +87,23 @@ def test_each_number_has_a_lower_bound(cls, field):
     assert {"min", "above"} & set(field.metadata)
 
 
+def test_scaled_up_a_low_rate_may_fall_by_a_polynomial():
+    made(lr_scheduler="polynomial", learning_rate=1e-7, train_batch_size=2, scale_lr=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ({}, "adamw"),
+        ({"use_8bit_adam": True}, "adamw8bit"),
+        ({"use_8bit_adam": True, "optimizer": "adamw8bit"}, "adamw8bit"),
+        ({"optimizer": "adafactor"}, "adafactor"),
+    ],
+)
+def test_use_8bit_adam_means_adamw8bit(given, chosen):
+    assert made(**given).chosen_optimizer == chosen
+
+
 def test_the_defaults_are_accepted():
     assert made().max_train_steps is None
 
@@ -157,6 +174,47 @@ def test_a_setting_that_is_not_built_yet_is_refused_and_its_default_is_not(name,
         (
             {"lr_warmup_steps": 10},
             "lr_scheduler constant has no warm-up; choose constant_with_warmup, or lr_warmup_steps 0",
+        ),
+        (
+            {"lr_scheduler": "cosine", "lr_num_cycles": 3},
+            "lr_num_cycles has no effect without lr_scheduler cosine_with_restarts; turn that on or leave lr_num_cycles "
+            "out",
+        ),
+        (
+            {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
+            "lr_scheduler polynomial falls to 1e-07, and learning_rate 1e-07 is not above that; raise learning_rate or "
+            "choose linear",
+        ),
+        (
+            {"lr_scheduler": "cosine_with_hard_restarts"},
+            "lr_scheduler is 'cosine_with_hard_restarts'; choose one of constant, constant_with_warmup, linear, "
+            "cosine, cosine_with_restarts, polynomial; did you mean 'cosine_with_restarts'?",
+        ),
+        (
+            {"use_8bit_adam": True, "optimizer": "lion"},
+            "use_8bit_adam means adamw8bit, and optimizer is lion; leave one of them out",
+        ),
+        (
+            {"optimizer": "adafactor", "adam_beta2": 0.9},
+            "adam_beta2 has no effect with optimizer adafactor; leave it out",
+        ),
+        (
+            {"optimizer": "lion", "adam_epsilon": 1e-6},
+            "adam_epsilon has no effect with optimizer lion; leave it out",
+        ),
+        (
+            {"optimizer": "prodigy"},
+            "optimizer prodigy multiplies the rate that it finds by learning_rate, and 5e-06 would learn nothing; set "
+            "learning_rate to 1",
+        ),
+        (
+            {
+                "optimizer": "prodigy",
+                "learning_rate": 1,
+                "train_text_encoder": True,
+                "text_encoder_learning_rate": 0.5,
+            },
+            "optimizer prodigy finds one rate for all parts; leave text_encoder_learning_rate out",
         ),
         ({"output_dir": "photos"}, "output_dir photos holds instance_data_dir photos; choose another output_dir"),
         (

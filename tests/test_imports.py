@@ -22,7 +22,7 @@ ORDER = LISTED.split()
 
 HEAVY = (
     "torch diffusers transformers accelerate safetensors huggingface_hub numpy PIL yaml tqdm ipywidgets IPython "
-    "bitsandbytes tokenizers imagehash scipy cv2 onnxruntime rapidocr pillow_heif peft"
+    "bitsandbytes torchao pytorch_optimizer tokenizers imagehash scipy cv2 onnxruntime rapidocr pillow_heif peft"
 )
 
 

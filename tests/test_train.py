@@ -19,11 +19,13 @@ from PIL import Image, ImageDraw
 from reference import PROMPTS, reference_losses
 from safetensors.torch import load_file, save_file
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import CLIPTextModel
 
 from dbkit import DbkitError, TrainConfig, train
 from dbkit.checkpoint import find_fault
 from dbkit.models import WEIGHTS, load_models, read_weights
+from dbkit.optimizers import LIBRARIES
 from dbkit.settings import replace
 from dbkit.text import clip_skip_of
 
@@ -81,6 +83,8 @@ def flat(value, name="") -> dict:
         return {key: leaf for inner in value for key, leaf in flat(value[inner], f"{name}/{inner}").items()}
     if isinstance(value, (list, tuple)):
         return {key: leaf for n, item in enumerate(value) for key, leaf in flat(item, f"{name}/{n}").items()}
+    if is_traceable_wrapper_subclass(value):  # such as torchao's moments: several tensors that pass for one
+        return flat({inner: getattr(value, inner) for inner in value.__tensor_flatten__()[0]}, name)
     return {name: value}
 
 
@@ -414,6 +418,7 @@ import json, os, signal, sys
 import torch
 import dbkit
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 settings, event, place, threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
@@ -977,6 +982,7 @@ def test_every_training_setting_changes_the_weights(config, tmp_path):
         {"adam_beta2": 0.9},
         {"adam_weight_decay": 0.5},
         {"adam_epsilon": 1e-2},
+        {"lr_scheduler": "polynomial", "lr_power": 2},
         {"max_grad_norm": 1e-4},
         {"train_text_encoder": True},
         {"tokenizer_name": str(tmp_path / "tokenizer")},
@@ -1029,16 +1035,34 @@ def test_bf16_arithmetic_stays_close_and_trains_fp32_weights(config, model, tmp_
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
-def test_8bit_adam_trains_and_resumes_exactly(settings, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    config = TrainConfig(**{**settings, "use_8bit_adam": True, "max_train_steps": 4})
+@pytest.mark.parametrize(
+    ("optimizer", "library"),
+    [(name, library) for name, libraries in LIBRARIES.items() for library in libraries if name != "adamw"],
+)
+def test_each_optimizer_trains_and_resumes_exactly(settings, tmp_path, monkeypatch, capsys, optimizer, library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    rate = 1.0 if optimizer == "prodigy" else 1e-4
+    config = TrainConfig(**{**settings, "optimizer": optimizer, "learning_rate": rate, "log_interval": 1})
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(config, output_dir=straight)
-    train(config, output_dir=resumed, max_train_steps=2)
+    with monkeypatch.context() as patch:
+        if library == "torchao":
+            patch.setitem(sys.modules, "bitsandbytes", None)
+        train(config, output_dir=straight)
+        train(config, output_dir=resumed, max_train_steps=1)
+    capsys.readouterr()
+    # bitsandbytes is back now, and a run that began with torchao stays with it.
     train(config, output_dir=resumed)
-    state = state_of(resumed)
-    assert any(tensor.dtype == torch.uint8 for tensor in state.values() if isinstance(tensor, torch.Tensor))
-    assert_equal(state_of(straight), state)
+    assert (f"{library}'s 8-bit AdamW is used\n" in capsys.readouterr().out) == (optimizer == "adamw8bit")
+    assert_same_run(straight, resumed)
+    kept = [value for value in state_of(resumed).values() if isinstance(value, torch.Tensor)]
+    assert any(tensor.dtype == torch.uint8 for tensor in kept) == (optimizer == "adamw8bit")
+
+
+def test_another_optimizer_does_not_continue_a_run(config):
+    train(config, max_train_steps=1)
+    expected = "optimizer was 'adamw' and is 'adafactor', library of the optimizer was 'torch' and is 'transformers'; "
+    with pytest.raises(DbkitError, match=expected):
+        train(config, optimizer="adafactor")
 
 
 @contextlib.contextmanager
