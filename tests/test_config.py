@@ -177,8 +177,8 @@ def test_a_setting_that_is_not_built_yet_is_refused_and_its_default_is_not(name,
         ),
         (
             {"lr_scheduler": "cosine", "lr_num_cycles": 3},
-            "lr_num_cycles has no effect without lr_scheduler cosine_with_restarts; turn that on or leave lr_num_cycles "
-            "out",
+            "lr_num_cycles has no effect without lr_scheduler cosine_with_restarts; turn that on or leave "
+            "lr_num_cycles out",
         ),
         (
             {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
