@@ -61,9 +61,9 @@ def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path
     # A setting that the state does not know came with a later version, which leaves it as it was.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
     changed = [
-        f"{name} was {then['settings'].get(name, defaults.get(name))!r} and is {value!r}"
+        f"{name} was {then['settings'].get(name, defaults.get(name, value))!r} and is {value!r}"
         for name, value in now["settings"].items()
-        if then["settings"].get(name, defaults.get(name)) != value
+        if then["settings"].get(name, defaults.get(name, value)) != value
     ]
     changed += [f"{name} differ" for name in now if name != "settings" and then.get(name) != now[name]]
     if changed:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dbkit.embedded import local_folder
 from dbkit.settings import Settings, setting, waiting, with_auto, without_effect
 
 SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
@@ -572,6 +573,8 @@ class TrainConfig(Settings):
             *self._optimizer_mistakes(),
         ]
         model = Path(self.pretrained_model_name_or_path)
+        if self.revision and local_folder(model).exists():
+            mistakes.append(f"revision has no effect on the folder {model}; leave revision out")
         used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
         used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
         vae = self.pretrained_vae_name_or_path

@@ -101,9 +101,7 @@ def test_another_optimizer_has_no_8_bit_moments_and_prodigy_a_rate_of_its_own():
 
 def test_contradictions_with_what_is_to_be_chosen_wait_and_others_do_not():
     assert made(optimizer="prodigy").learning_rate == AUTO
-    with pytest.raises(
-        DbkitError, match=r"^optimizer prodigy multiplies the rate that it finds by learning_rate"
-    ):
+    with pytest.raises(DbkitError, match=r"^optimizer prodigy multiplies the rate that it finds by learning_rate"):
         made(optimizer="prodigy", learning_rate=1e-4)
     with pytest.raises(DbkitError, match=r"^class_prompt has no effect"):
         made(class_prompt="photo of a dog")
