@@ -90,7 +90,7 @@ def _dataset(workspace: Workspace) -> Path:
 
 
 def _for_preview(workspace: Workspace) -> dict[str, Any]:
-    model = _finished_model(workspace)
+    model = _finished_model(workspace, "*.json")
     if model is None:
         base = _local_base(workspace)
         return {"model": base, "prompt": ["photo of a dog"], "output": "preview.png", **_guidance(base, {})}
@@ -109,8 +109,9 @@ def _guidance(model: Path, run: dict[str, Any]) -> dict[str, Any]:
     return {"guidance_scale": [suited]} if suited else {}
 
 
-def _finished_model(workspace: Workspace) -> Path | None:
-    index = workspace.newest("runs/*/model/model_index.json")
+def _finished_model(workspace: Workspace, file: str = "model_index.json") -> Path | None:
+    """The model of the run that ended last: a whole one, or with any .json of its own a LoRA too."""
+    index = workspace.newest(f"runs/*/model/{file}")
     return index.parent if index else None
 
 

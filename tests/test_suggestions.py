@@ -74,6 +74,15 @@ def test_a_finished_run_is_what_is_previewed_and_exported(workspace, model):
     assert export["source"] == run / "model" and export["destination"].name == "dog.safetensors"
 
 
+def test_a_finished_lora_is_previewed_and_no_whole_model_to_export(workspace):
+    made = workspace.path / "runs" / "dog" / "model"
+    made.mkdir(parents=True)
+    (made / "lora.json").write_text("{}")
+    (made.parent / "settings.yaml").write_text("instance_prompt: photo of zwx dog\n")
+    assert suggest(PreviewConfig, workspace, "preview")["model"] == made
+    assert suggest(ConvertConfig, workspace, "export")["source"] != made
+
+
 def test_with_a_gpu_a_real_model_is_trained_and_what_lies_here_is_looked_at(workspace, monkeypatch):
     monkeypatch.setattr("dbkit.suggestions.choose_device", lambda name: torch.device("cuda"))
     assert suggest(TrainConfig, workspace, "train")["pretrained_model_name_or_path"] == BASE_MODEL
