@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit import embedded
+from dbkit import embedded, processes
 from dbkit.concepts import concepts_of
 from dbkit.examples import training_images
 from dbkit.optimizers import LIBRARIES, try_optimizer
@@ -224,7 +224,7 @@ def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chos
         why += f", but at least {least}" + (" with class images" if prior else "")
     elif seen < 100 * count:
         why += f", but at most {most}"
-    together = config.train_batch_size * config.gradient_accumulation_steps
+    together = config.train_batch_size * config.gradient_accumulation_steps * processes.world()
     steps = math.ceil(seen / together)
     return {"max_train_steps": steps}, why + (f"; {together} in each step: {steps} steps" if together > 1 else "")
 
@@ -262,7 +262,7 @@ def _class_images(config: TrainConfig, images: Sequence[int], machine: Machine) 
 
 
 def _saves(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
-    together = config.train_batch_size * config.gradient_accumulation_steps
+    together = config.train_batch_size * config.gradient_accumulation_steps * processes.world()
     total = config.max_train_steps or math.ceil(sum(images) * config.num_train_epochs / together)
     every = min(max(total // 4 // 50 * 50, 100), 500)
     return {"save_model_every_n_steps": every}, f"a quarter of {total} steps in fifties, from 100 to 500"

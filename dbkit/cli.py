@@ -110,8 +110,6 @@ def _help(field: dataclasses.Field) -> str:
     if field.default is not dataclasses.MISSING and field.default not in (None, "", ()):
         default = field.default if not isinstance(field.default, tuple) else " ".join(map(str, field.default))
         text += f" (default: {default})"
-    if "waits" in field.metadata:
-        text += f" (not built yet: comes with a {field.metadata['waits']})"
     return text.replace("%", "%%")
 
 

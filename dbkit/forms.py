@@ -35,7 +35,7 @@ class Form(widgets.VBox, Generic[Config]):
     def __init__(self, cls: type[Config], workspace: Workspace, name: str) -> None:
         self._cls, self._workspace, self._file = cls, workspace, workspace.settings_file(name)
         # What is typed here is kept in the workspace, so a secret has no field.
-        names = [field.name for field in dataclasses.fields(cls) if not {"waits", "secret"} & field.metadata.keys()]
+        names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("secret")]
         self._chosen = {key: value for key, value in self._kept().items() if key in names}
         suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
         self._left = [field.name for field in dataclasses.fields(cls) if field.metadata.get("auto")]

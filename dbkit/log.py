@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
 
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """One line of progress on screen, and one line of log.jsonl every few steps; the losses are only read then."""
+    """One line of progress on screen, and one line of log.jsonl every few steps; the losses are only read then.
+
+    Of several processes the main one alone says anything.
+    """
 
     def __init__(self, run: Path, done: int, total: int, interval: int, track: Tracker | None = None) -> None:
         from tqdm import tqdm
 
+        self.silent = processes.rank() > 0
+        if self.silent:
+            return
         self.track = track or (lambda step, values: None)
         self.path, self.total, self.interval = run / "log.jsonl", total, interval
         # Lines after the state that is continued from belong to steps that are taken again.
@@ -34,6 +41,8 @@ class Log:
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
 
     def add(self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        if self.silent:
+            return
         self.sums, self.count = self.sums + losses, self.count + 1
         self.bar.update()
         if step % self.interval and step != self.total and step != 1:
@@ -62,6 +71,8 @@ class Log:
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
 
     def close(self) -> None:
+        if self.silent:
+            return
         self.bar.close()
         self.track(self.total, {})
 

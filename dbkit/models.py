@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
 from dbkit.files import full_disk_is_a_sentence, sha256, share, write_text
@@ -392,6 +393,8 @@ def load_state_dict(module: torch.nn.Module, part: str, weights: dict[str, torch
     """Put weights saved by state_dict() into a part, by copy or by assignment; missing and unknown names raise."""
     if part == "text_encoder" and not next(iter(module.state_dict())).startswith(TEXT_PREFIX):
         weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+    own = module.state_dict()
+    weights = {name: processes.spread(tensor, own.get(name)) for name, tensor in weights.items()}
     module.load_state_dict(weights, strict=True, assign=assign)
 
 

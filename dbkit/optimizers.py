@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
 from dbkit.files import size
@@ -192,7 +193,12 @@ def _state_bytes(name: str, shape: Sequence[int]) -> int:
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Put a saved state in; the factors stay those of the settings, which may have changed since."""
     factors = [group["factor"] for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    spread = {
+        number: {name: processes.spread(value, parameters[number]) for name, value in values.items()}
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": spread})
     for group, factor in zip(optimizer.param_groups, factors):
         group["factor"] = factor
 
@@ -209,7 +215,7 @@ def learning_rates(config: TrainConfig, total: int) -> Callable[[int], float]:
     import torch
     from diffusers.optimization import get_scheduler
 
-    peak = config.peak_learning_rate
+    peak = config.peak_learning_rate * (processes.world() if config.scale_lr else 1)
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=peak)
     schedule = get_scheduler(
         config.lr_scheduler,

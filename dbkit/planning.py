@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.buckets import Size, bucket_limits, share_out, sizes_of
 from dbkit.checkpoint import Checkpoint
 from dbkit.class_images import make_class_images
@@ -106,7 +107,7 @@ def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:
 def _order(config: TrainConfig, concepts: list[Concept], instance: list[Example], class_set: list[Example]) -> Order:
     return Order(
         config.seed,
-        config.train_batch_size * config.gradient_accumulation_steps,
+        config.train_batch_size * config.gradient_accumulation_steps * processes.world(),
         tuple((example.concept, example.size) for example in instance),
         tuple((example.concept, example.size) for example in class_set),
         tuple(concept.weight for concept in concepts),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dbkit import models
+from dbkit import models, processes
 from dbkit.checkpoint import Checkpoint, newest_valid
 from dbkit.errors import DbkitError
 from dbkit.examples import Example, fingerprint
@@ -28,8 +28,9 @@ def identity_of(
     """
     fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
     settings = {name: value for name, value in plain(config).items() if name in fixed}
+    shared = {"processes": processes.world()}  # how many images make a step depends on it
     return {
-        "settings": {**settings, "optimizer": config.chosen_optimizer, "library of the optimizer": library},
+        "settings": {**settings, "optimizer": config.chosen_optimizer, "library of the optimizer": library, **shared},
         "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
         "pretrained_vae_name_or_path": models.vae_fingerprint(config.pretrained_vae_name_or_path),
         "instance images or captions": fingerprint(instance),
@@ -59,7 +60,7 @@ def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path
         return 0
     then, now = saved.facts, identity
     # A setting that the state does not know came with a later version, which leaves it as it was.
-    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | {"processes": 1}
     changed = [
         f"{name} was {then['settings'].get(name, defaults.get(name, value))!r} and is {value!r}"
         for name, value in now["settings"].items()

@@ -27,8 +27,8 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
     between the sessions of one run), needs (the setting without which this one has no effect, "name", or
-    "name=value"), auto (the word auto may stand for the value, which is then chosen when the function runs), waits
-    (why the setting is refused for now), secret (never saved or shown).
+    "name=value"), auto (the word auto may stand for the value, which is then chosen when the function runs), secret
+    (never saved or shown).
     """
     options = {"metadata": {"help": help, **facts}, "repr": not facts.get("secret")}
     if default is ...:
@@ -259,15 +259,6 @@ def is_on(config: Settings, needs: str) -> bool:
     name, _, wanted = needs.partition("=")
     value = getattr(config, name)
     return value == wanted if wanted else value not in (False, None, 0, "none")
-
-
-def waiting(config: Settings) -> list[str]:
-    """Settings that are known but not built yet refuse rather than do nothing."""
-    return [
-        f"{field.name} is not built yet: it comes with a {field.metadata['waits']}; leave it out for now"
-        for field in dataclasses.fields(config)
-        if "waits" in field.metadata and getattr(config, field.name) != field.default
-    ]
 
 
 def closest(name: str, names: typing.Iterable[str]) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
+from dbkit.errors import DbkitError
 from dbkit.lora import add_lora
 from dbkit.models import Models
 from dbkit.optimizers import load_optimizer, make_optimizer, make_scaler
@@ -25,9 +28,14 @@ _EMA = "ema_"
 
 @dataclass
 class State:
-    """The parts of the model, which of them are trained, and what belongs to that."""
+    """The parts of the model, which of them are trained, and what belongs to that.
+
+    shown are the parts that are saved and sampled: the same, but where training is sharded whole copies of those that
+    are trained, as of the last gather().
+    """
 
     models: Models
+    shown: Models
     trained: dict[str, torch.nn.Module]
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -39,6 +47,22 @@ class State:
         """Everything that the optimizer moves."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
+    @property
+    def plain(self) -> dict[str, torch.nn.Module]:
+        """The trained parts, whole."""
+        if self.shown is self.models:
+            return self.trained
+        return {part: getattr(self.shown, part) for part in self.trained}
+
+    def gather(self) -> dict[str, Any]:
+        """Bring what is sharded together in the main process, and return the optimizer's state; all take part."""
+        for part, module in self.plain.items():
+            if module is not self.trained[part]:
+                weights = processes.whole(self.trained[part].state_dict())
+                if processes.rank() == 0:
+                    module.load_state_dict(weights)
+        return processes.whole(self.optimizer.state_dict())
+
     def averaged(self) -> contextlib.AbstractContextManager:
         """Put the averages, if there are any, where the weights are for the time of the block."""
         return self.ema.in_place() if self.ema else contextlib.nullcontext()
@@ -49,6 +73,10 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
     trained: dict[str, torch.nn.Module] = {"unet": models.unet}
     if config.train_text_encoder:
         trained["text_encoder"] = models.text_encoder
+    shown = models
+    if processes.shards():
+        _check_shards(config)
+        shown = dataclasses.replace(models, **{part: copy.deepcopy(module) for part, module in trained.items()})
     for module in trained.values():
         module.requires_grad_(True).train().to(device)
         if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
@@ -59,15 +87,31 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
         trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
         layer.requires_grad_(False)
+    processes.share_weights(parameter for module in trained.values() for parameter in module.parameters())
+    if processes.shards():
+        for module in trained.values():
+            processes.shard(module, device, keep=config.use_aspect_ratio_bucket)
     optimizer = make_optimizer(config, trained, device, library)
     ema = Ema(trained, config.ema_decay) if config.use_ema else None
-    return State(models, trained, optimizer, make_scaler(device, dtype), ema, dtype)
+    return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype)
 
 
-def write_state(state: State, folder: Path) -> None:
-    """Write into a folder everything that a run needs to go on exactly."""
-    others = {"optimizer": state.optimizer.state_dict(), "scaler": state.scaler.state_dict()}
-    save_state(folder, state.trained, others)
+def _check_shards(config: TrainConfig) -> None:
+    """Raise DbkitError for what a sharded training cannot do."""
+    cannot = {
+        f"optimizer {config.chosen_optimizer}": config.chosen_optimizer != "adamw",
+        "use_ema": config.use_ema,
+        "adapter lora": config.adapter == "lora",
+        "stop_text_encoder_training": config.train_text_encoder and bool(config.stop_text_encoder_training),
+    }
+    found = [name for name, there in cannot.items() if there]
+    if found:
+        raise DbkitError(f"{found[0]} does not go with FSDP; leave it off, or launch without FSDP")
+
+
+def write_state(state: State, folder: Path, optimizer: dict[str, Any]) -> None:
+    """Write into a folder everything that a run needs to go on exactly; optimizer is what gather() returned."""
+    save_state(folder, state.plain, {"optimizer": optimizer, "scaler": state.scaler.state_dict()})
     if state.ema:
         with state.ema.in_place():
             save_state(folder, {part: state.trained[part] for part in state.ema.averages}, {}, _EMA)

@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
+from dbkit import processes
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
 from dbkit.settings import plain
@@ -39,6 +40,8 @@ def _folder(config: TrainConfig, run: Path) -> Path:
 def make_tracker(config: TrainConfig, run: Path, done: int) -> Tracker:
     """The tracker of a run that goes on after `done` steps; one that does nothing where none is asked for."""
     folder = _folder(config, run)
+    if processes.rank() > 0:
+        return lambda step, values: None
     if config.log_with == "tensorboard":
         return _tensorboard(folder, done)
     if config.log_with == "wandb":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes
 from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.checkpoint import commit, find_fault, rotate, step_folder
@@ -33,6 +34,7 @@ from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_le
 from dbkit.order import Order
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
+from dbkit.processes import on_main
 from dbkit.sampling import autocast
 from dbkit.settings import configured_by, replace
 from dbkit.state import State, make_state, read_state, rest_text_encoder, write_state
@@ -54,30 +56,30 @@ def train(config: TrainConfig) -> Path:
     """
     method = "dreambooth" if config.with_prior_preservation else "native"
     run = (config.output_dir or default_folder() / "runs" / method).absolute()
-    with one_process(run):
-        return _train(config, run)
+    device = processes.start(choose_device(config.device), config.local_rank)
+    with one_process(run) if processes.rank() == 0 else processes.silent():
+        return _train(config, run, device)
 
 
-def _train(config: TrainConfig, run: Path) -> Path:
+def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
-    device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
-    config = choose_settings(config, run, device, dtype)
-    plan = make_plan(config, run, device)
-    if plan.done >= plan.total and find_fault(run / "model", step=plan.done) is None:
+    config = on_main(choose_settings, config, run, device, dtype)
+    plan = on_main(make_plan, config, run, device)
+    if plan.done >= plan.total and on_main(find_fault, run / "model", plan.done) is None:
         print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
-        upload_model(config, run, plan.done, first_prompts(plan.instance, plan.concepts))
+        on_main(upload_model, config, run, plan.done, first_prompts(plan.instance, plan.concepts))
         return run / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
-    replace(config, start_over=False).save(run / "settings.yaml")
+    on_main(replace(config, start_over=False).save, run / "settings.yaml")
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
     state = make_state(config, models, device, dtype, plan.library)
     assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
-    _require_run_space(run, config, state)
+    on_main(_require_run_space, run, config, state)
     if plan.saved:
         read_state(state, plan.saved)
 
@@ -85,7 +87,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
     pools = _make_pools(config, models, plan, device)
     rest_after = stop_step(config, total)
     commit_of = functools.partial(_commit, run, config, plan.identity, state)
-    preview_of = functools.partial(_preview, run, config, plan.previews, state, device)
+    preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
     if done == 0:
@@ -100,7 +102,7 @@ def _train(config: TrainConfig, run: Path) -> Path:
             rate = learning_rate(step - 1)
             losses, grad_norm = train_step(state, pools, plan.order, config, step, rate)
             log.add(step, losses, grad_norm, rate)
-            if stop.made:
+            if processes.any_of(stop.made):
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
                 commit_of(step)
                 log.close()
@@ -113,13 +115,13 @@ def _train(config: TrainConfig, run: Path) -> Path:
     log.close()
 
     # 5. Finished model.
-    if done < total and bool((_weight_norms(state) == before).all()):
+    if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
         raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
-    upload_model(config, run, total, prompts)
+    on_main(upload_model, config, run, total, prompts)
     return model
 
 
@@ -137,24 +139,28 @@ def train_step(
     size, passes = config.train_batch_size, config.gradient_accumulation_steps
     prediction_type, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
     noising = Noising(len(alphas_cumprod), config.noise_offset, config.input_perturbation, config.caption_dropout)
-    losses = torch.zeros(3, device=unet.device)
+    device, world, rank = alphas_cumprod.device, processes.world(), processes.rank()
+    losses = torch.zeros(3, device=device)
     for number in range(passes):
-        samples = range(number * size, (number + 1) * size)
+        first = (number * world + rank) * size
         # One batch, or with buckets one for each size among these samples: their losses add up to the mean.
-        for batch in draw_batches(pools, order, step, samples, noising):
+        batches = draw_batches(pools, order, step, range(first, first + size), noising)
+        for batch in batches:
             seen = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
             if batch.hidden is not None:
                 seen = torch.cat([seen, batch.hidden], dim=1)
             target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-            with autocast(unet.device, state.dtype):
+            with autocast(device, state.dtype):
                 text = encode_prompts(text_encoder, batch.prompts) if pools[0].text_is_trained else batch.prompts
                 model_pred = unet(seen, batch.timesteps, text, encoder_attention_mask=batch.own_tokens).sample
             errors = per_sample_loss(model_pred, target, config.loss_type, config.huber_delta, batch.weights)
             if config.min_snr_gamma:
                 errors *= snr_weights(batch.timesteps, alphas_cumprod, config.min_snr_gamma, prediction_type)
             parts = prior_preservation_loss(errors, batch.instances, batch.pairs, config.prior_loss_weight)
+            processes.last_backward(state.trained.values(), number == passes - 1 and batch is batches[-1])
             scaler.scale(parts[0] / passes).backward()
             losses += torch.stack(parts).detach() / passes
+    processes.average_gradients(state.parameters)
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
     set_learning_rate(optimizer, learning_rate)
@@ -163,7 +169,7 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     if state.ema:
         state.ema.update(step)
-    return losses, grad_norm
+    return processes.mean(losses), processes.whole(grad_norm)
 
 
 def _load(config: TrainConfig) -> Models:
@@ -241,7 +247,19 @@ def _commit(
     run: Path, config: TrainConfig, identity: dict[str, Any], state: State, step: int, finished: bool = False
 ) -> Path:
     """Commit the state to resume from, then usable weights: a checkpoint, or the finished model. Returns its folder."""
-    for part, module in state.trained.items():
+    return on_main(_write, run, config, identity, state, state.gather(), step, finished)
+
+
+def _write(
+    run: Path,
+    config: TrainConfig,
+    identity: dict[str, Any],
+    state: State,
+    optimizer: dict[str, Any],
+    step: int,
+    finished: bool,
+) -> Path:
+    for part, module in state.plain.items():
         if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
             raise DbkitError(
                 f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
@@ -250,7 +268,7 @@ def _commit(
     folder = step_folder(run / "resume", step)
     # A whole state of this step is the one that was continued from: it stays, for there is no other one.
     if find_fault(folder, step=step):
-        commit(folder, step, lambda partial: write_state(state, partial), identity)
+        commit(folder, step, lambda partial: write_state(state, partial, optimizer), identity)
     rotate(run / "resume", step, keep=1)
     if not finished and step < config.save_min_steps:
         return folder
@@ -265,7 +283,7 @@ def _commit(
 def _writer(run: Path, config: TrainConfig, state: State, step: int, finished: bool) -> Callable[[Path], None]:
     """What fills the folder of a checkpoint or of the finished model."""
     if config.adapter == "none":
-        return functools.partial(save_models, state.models, precision=config.save_precision)
+        return functools.partial(save_models, state.shown, precision=config.save_precision)
     # User interfaces list a LoRA by the name of its file.
     return functools.partial(
         save_lora, state.models, config=config, name=run.name if finished else f"{run.name}-{step:06d}"
@@ -288,7 +306,7 @@ def _preview(
     try:
         with state.averaged():
             make_preview(
-                state.models,
+                state.shown,
                 prompts,
                 output=run / "previews" / f"step_{step:06d}.png",
                 seeds=range(config.test_seed, config.test_seed + config.test_num_per_prompt),
@@ -311,4 +329,5 @@ def _weight_norms(state: State) -> torch.Tensor:
     """One number for each tensor, by which a change shows."""
     import torch
 
-    return torch.stack([parameter.detach().norm().cpu() for parameter in state.parameters])
+    own = [p.to_local() if hasattr(p, "to_local") else p for p in state.parameters]
+    return torch.stack([parameter.detach().norm().cpu() for parameter in own])

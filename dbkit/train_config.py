@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Literal
 
 from dbkit.embedded import local_folder
-from dbkit.settings import Settings, setting, waiting, with_auto, without_effect
+from dbkit.settings import Settings, setting, with_auto, without_effect
 
 SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 OPTIMIZERS = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
-LATER = "later version of dbkit"
 CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; empty: what the model says, mostly 1"
 
 
@@ -374,7 +373,9 @@ class TrainConfig(Settings):
         needs="lr_scheduler=polynomial",
     )
     scale_lr: bool = setting(
-        False, "multiply the learning rate by train_batch_size and gradient_accumulation_steps", advanced=True
+        False,
+        "multiply the learning rate by train_batch_size, gradient_accumulation_steps and the number of processes",
+        advanced=True,
     )
     seed: int = setting(
         0,
@@ -543,7 +544,12 @@ class TrainConfig(Settings):
         advanced=True,
         needs="push_to_hub",
     )
-    local_rank: int = setting(-1, "rank of this process among several GPUs", advanced=True, waits=LATER)
+    local_rank: int = setting(
+        -1,
+        "number of this process on its machine, for launchers that say it by a flag; torchrun and accelerate launch do not",
+        min=-1,
+        advanced=True,
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -564,7 +570,6 @@ class TrainConfig(Settings):
     def contradictions(self) -> list[str]:
         """Sentences about settings that do not go together."""
         mistakes = [
-            *waiting(self),
             *without_effect(self),
             *self._data_mistakes(),
             *self._label_mistakes(),

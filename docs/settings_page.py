@@ -30,7 +30,7 @@ def _row(cls: type[Settings], field: dataclasses.Field) -> str:
     kind = [type_name(field_type(cls, field.name))]
     kind += [f"{word} {facts[key]:,}".replace(",", " ") for key, word in _BOUNDS if key in facts]
     kind += ["or `auto`"] if facts.get("auto") else []
-    help = facts["help"] + (f" (not built yet: comes with a {facts['waits']})" if "waits" in facts else "")
+    help = facts["help"]
     return f"| `{field.name}` | {', '.join(kind)} | {_default(field.default)} | {help} |\n"
 
 

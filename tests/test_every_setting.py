@@ -129,6 +129,7 @@ CASES = {
     "logging_dir": ({"log_with": "tensorboard"}, "tracked"),
     "push_to_hub": ({}, True),
     "hub_token": ({"push_to_hub": True}, "hf_hush"),
+    "local_rank": ({}, 0),
     "hub_model_id": ({"push_to_hub": True, "hub_token": "hf_hush"}, "not a name"),
 }
 # What cannot be told apart here, and the test that shows it elsewhere.

@@ -1,26 +1,33 @@
-"""Every combination of prediction, weighting, prior preservation, batch and accumulation against a slow reference.
+"""Every combination of prediction, weighting, prior, batch, accumulation and processes against a slow reference.
 
 The combinations are where trainers go wrong: each feature alone is right in all of them.
 """
 
 import dataclasses
 import itertools
+import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import draw_photo
+from diffusers import UNet2DConditionModel
 from reference import Reference
+from several_processes import finish, launch
 
-from dbkit import TrainConfig
+from dbkit import TrainConfig, processes
+from dbkit.libraries import quiet
 from dbkit.planning import make_plan
 from dbkit.settings import replace
 from dbkit.state import make_state
 from dbkit.train import _load, _make_pools, train_step
 
 CPU = torch.device("cpu")
+Combination = tuple[float | None, float | None, int, int]
 GAMMA = 5.0
-SAMPLES = (1, 2, 3, 6)
+SAMPLES = (1, 2, 3, 4, 6, 12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +57,28 @@ def folder(tmp_path_factory) -> Path:
     for colour in ("navy", "olive"):
         draw_photo(folder / "class" / f"{colour}.png", colour=colour)
     return folder
+
+
+@pytest.fixture(scope="module")
+def bases(model, v_model, folder) -> dict[str, Path]:
+    """The models of the tests with a still smaller U-Net, for thousands of passes."""
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=64,
+            attention_head_dim=8,
+        )
+    made = {}
+    for name, base in (("model", model), ("v_model", v_model)):
+        made[name] = shutil.copytree(base, folder / name)
+        shutil.rmtree(made[name] / "unet")
+        unet.save_pretrained(made[name] / "unet")
+    return made
 
 
 def make_config(folder: Path, model: Path, objective: Objective, **changes) -> TrainConfig:
@@ -120,33 +149,61 @@ def measured(config: TrainConfig, made: dict) -> list[float]:
         state = make_state(config, models, CPU, torch.float32, plan.library)
         made[key] = state, _make_pools(config, models, plan, CPU), plan.order
     state, pools, order = made[key]
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
+    per_step = config.train_batch_size * config.gradient_accumulation_steps * processes.world()
     # At a rate of zero the weights stay as they are for the next combination.
     losses, grad_norm = train_step(state, pools, dataclasses.replace(order, per_step=per_step), config, 1, 0.0)
     return [*losses.tolist(), grad_norm.item()]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_every_combination_equals_a_slow_reference(request, folder, objective):
-    model = request.getfixturevalue(objective.kind)
-    expected, made = Expected(make_config(folder, model, objective)), {}
-    seen = set()
+def combinations(folder: Path, model: Path, objective: Objective) -> Iterator[tuple[Combination, TrainConfig]]:
+    """Every (prior_loss_weight, min_snr_gamma, train_batch_size, gradient_accumulation_steps), and its settings."""
     for (prior, gamma), (batch, passes) in itertools.product(WEIGHTINGS, SHAPES):
         without = {"with_prior_preservation": False, "class_prompt": None, "class_data_dir": None}
-        config = make_config(
-            folder,
-            model,
-            objective,
-            min_snr_gamma=gamma,
-            train_batch_size=batch,
-            gradient_accumulation_steps=passes,
-            **({"prior_loss_weight": prior} if prior else without),
+        yield (
+            (prior, gamma, batch, passes),
+            make_config(
+                folder,
+                model,
+                objective,
+                min_snr_gamma=gamma,
+                train_batch_size=batch,
+                gradient_accumulation_steps=passes,
+                **({"prior_loss_weight": prior} if prior else without),
+            ),
         )
-        found = measured(config, made)
-        wanted = expected(batch * passes, prior, gamma)
-        assert found[:3] == pytest.approx(wanted[:3], rel=1e-4), (objective, prior, gamma, batch, passes)
-        # The norm is a sum over two million numbers in another order.
-        assert found[3] == pytest.approx(wanted[3], rel=1e-3), (objective, prior, gamma, batch, passes)
-        seen.add(round(wanted[0], 5))
+
+
+def measure_all(folder: Path, model: Path, v_model: Path) -> None:
+    """In each of several processes: measure every objective, and write down what the main process found."""
+    processes.start(CPU)
+    found = []
+    for objective in OBJECTIVES:
+        made: dict = {}
+        base = {"model": model, "v_model": v_model}[objective.kind]
+        found.append([measured(config, made) for _, config in combinations(folder, base, objective)])
+    if processes.rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(folder, bases) -> list[list[list[float]]]:
+    finish(launch("objectives", str(folder), str(bases["model"]), str(bases["v_model"])))
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
+def test_every_combination_equals_a_slow_reference(folder, bases, objective, in_two_processes):
+    model = bases[objective.kind]
+    expected, made = Expected(make_config(folder, model, objective)), {}
+    seen = set()
+    for number, (combination, config) in enumerate(combinations(folder, model, objective)):
+        prior, gamma, batch, passes = combination
+        by_processes = {1: measured(config, made), 2: in_two_processes[OBJECTIVES.index(objective)][number]}
+        for count, found in by_processes.items():
+            wanted = expected(batch * passes * count, prior, gamma)
+            assert found[:3] == pytest.approx(wanted[:3], rel=1e-4), (objective, combination, count)
+            # The norm is a sum over many numbers in another order.
+            assert found[3] == pytest.approx(wanted[3], rel=1e-3), (objective, combination, count)
+        seen.add(round(found[0], 5))
     # Were a weighting without effect, these would be fewer.
     assert len(seen) == len(WEIGHTINGS) * len({batch * passes for batch, passes in SHAPES})

@@ -24,7 +24,6 @@ from dbkit.settings import (
     setting,
     to_yaml,
     type_name,
-    waiting,
 )
 
 
@@ -43,10 +42,9 @@ class Bread(Settings):
     seeds: tuple[str, ...] = setting((), "what is on top")
     rests: tuple[float, ...] = setting((1.5,), "hours of each rest", min=0.5, max=24)
     recipe_key: str | None = setting(None, "what opens the recipe book", secret=True)
-    sourdough: bool = setting(False, "raise it without yeast", waits="starter")
 
     def contradictions(self):
-        return [*waiting(self), *(["rye needs water; add some"] if self.rye and not self.water else [])]
+        return ["rye needs water; add some"] if self.rye and not self.water else []
 
 
 @pytest.mark.parametrize(
@@ -133,14 +131,6 @@ def test_a_contradiction_is_a_mistake():
 def test_contradictions_wait_until_each_value_is_what_it_claims():
     with pytest.raises(DbkitError, match=r"^salt is 'x'; write a number$"):
         Bread("wheat", rye=True, water=0, salt="x")
-
-
-def test_a_setting_that_is_not_built_yet_is_refused():
-    with pytest.raises(
-        DbkitError, match=r"^sourdough is not built yet: it comes with a starter; leave it out for now$"
-    ):
-        Bread("wheat", sourdough=True)
-    assert Bread("wheat", sourdough=False).sourdough is False
 
 
 def test_settings_cannot_change_after_they_are_made():
