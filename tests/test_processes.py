@@ -1,0 +1,125 @@
+"""Two processes compute what one does with twice the batch, resume exactly, stop together, may share the weights."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from several_processes import finish, launch, plain
+from test_train import assert_equal, distance, log_of, mixed, prior, state_of  # noqa: F401
+
+from dbkit import DbkitError, TrainConfig, processes, train
+from dbkit.checkpoint import find_fault
+from dbkit.models import read_weights
+
+CPU = torch.device("cpu")
+# So large an epsilon makes the steps proportional to the gradients, and comparable.
+COMMON = {"adam_epsilon": 1.0, "learning_rate": 1e-2, "log_interval": 1, "max_train_steps": 3}
+CASES = {
+    "prior": {"train_batch_size": 1},
+    "mixed": {"train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "text encoder": {"train_text_encoder": True, "stop_text_encoder_training": 2, "use_ema": True, "scale_lr": True},
+    "lora": {"adapter": "lora"},
+}
+
+
+@pytest.fixture
+def cases(settings, prior, mixed) -> dict[str, dict]:  # noqa: F811
+    extra = {"prior": prior, "mixed": mixed}
+    return {name: {**settings, **COMMON, **extra.get(name, {}), **case} for name, case in CASES.items()}
+
+
+def weights_of(run: Path) -> dict:
+    return {name: value for name, value in state_of(run).items() if name.startswith(("unet/", "text_encoder/"))}
+
+
+def assert_close_to_one_process(run: Path, settings: dict, base: dict, folder: Path) -> None:
+    """The run equals one process with twice the batch."""
+    alone = folder / f"{run.name} alone"
+    train(**{**settings, "train_batch_size": 2 * settings.get("train_batch_size", 1), "output_dir": alone})
+    for one, two in zip(log_of(alone), log_of(run), strict=True):
+        assert one.pop("seconds_per_step") and two.pop("seconds_per_step")
+        assert one == pytest.approx(two, rel=5e-3)
+    one, two = weights_of(alone), weights_of(run)
+    assert one.keys() == two.keys()
+    moved = distance(one, {name: base.get(name, torch.zeros(())) for name in one})
+    assert distance(one, two) < 1e-3 * moved
+
+
+def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(cases, model, tmp_path):
+    jobs = [{**case, "output_dir": tmp_path / name} for name, case in cases.items()]
+    again = tmp_path / "again"
+    jobs += [{**cases["text encoder"], "output_dir": again, "max_train_steps": steps} for steps in (1, 3)]
+    said = finish(launch("train", json.dumps([plain(job) for job in jobs])))
+    assert_equal(state_of(tmp_path / "text encoder"), state_of(again))
+    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
+    for name, case in cases.items():
+        assert_close_to_one_process(tmp_path / name, case, base, tmp_path)
+        assert find_fault(tmp_path / name / "model", step=3) is None
+    # Only one of them speaks.
+    assert said.count("3 of 3 steps are done") == len(cases) + 1
+
+
+def test_another_number_of_processes_does_not_continue_a_run(config, tmp_path):
+    finish(launch("train", json.dumps([plain({**vars(config), "hub_token": None})])))
+    with pytest.raises(DbkitError, match="do not continue: processes was 2 and is 1"):
+        train(config, max_train_steps=3)
+
+
+def test_sharded_training_equals_one_process_and_resumes_exactly(settings, model, tmp_path):
+    case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True, "resolution": 32}
+    runs = [tmp_path / "straight", tmp_path / "again"]
+    jobs = [{**case, "output_dir": runs[0]}]
+    jobs += [{**case, "output_dir": runs[1], "max_train_steps": steps} for steps in (1, 3)]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    finish(launch("train", json.dumps([plain(job) for job in jobs]), **fsdp))
+    assert_equal(state_of(runs[0]), state_of(runs[1]))
+    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
+    assert_close_to_one_process(runs[0], {**case, "auto_test_model": False}, base, tmp_path)
+    assert (runs[0] / "previews" / "step_000003.png").is_file()
+
+
+def test_what_cannot_be_sharded_is_said(settings):
+    job = plain({**settings, "use_ema": True})
+    started = launch("train", json.dumps([job]), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    said, _ = started.communicate()
+    assert started.returncode != 0
+    assert "use_ema does not go with FSDP; leave it off, or launch without FSDP" in said
+
+
+def test_a_launcher_that_is_told_to_stop_leaves_a_whole_state(settings):
+    run = settings["output_dir"]
+    started = launch("train", json.dumps([plain({**settings, "max_train_steps": 10_000, "log_interval": 1})]))
+    while started.poll() is None and not (run / "log.jsonl").exists():
+        time.sleep(0.1)
+    started.send_signal(signal.SIGTERM)
+    said, _ = started.communicate()
+    (state,) = (run / "resume").iterdir()
+    step = int(state.name.removeprefix("step_"))
+    assert find_fault(state, step=step) is None, said
+    assert log_of(run)[-1]["step"] == step < 10_000
+
+
+def test_an_error_of_the_main_process_ends_all(settings):
+    started = launch("train", json.dumps([plain({**settings, "instance_data_dir": "nowhere"})]))
+    said, _ = started.communicate()
+    assert started.returncode != 0
+    assert said.count("DbkitError: instance_data_dir nowhere is not a folder") == 1
+
+
+def test_a_flag_without_a_launcher_is_said(settings, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(DbkitError, match="process 0 of several, and RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
+        train(TrainConfig(**settings, local_rank=0))
+
+
+def test_in_one_process_nothing_is_exchanged():
+    tensor = torch.ones(3)
+    assert (processes.world(), processes.rank()) == (1, 0)
+    assert processes.start(CPU) == CPU
+    assert processes.on_main(max, 2, 3) == 3
+    assert processes.any_of(True) and not processes.any_of(False)
+    assert torch.equal(processes.mean(tensor), tensor)
+    assert processes.whole({"a": {"b": tensor}, "c": 1})["a"]["b"] is tensor
