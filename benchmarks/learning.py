@@ -43,11 +43,9 @@ COMMON = {
     "save_model_every_n_steps": None,
     "device": "cpu",
 }
-# With a LoRA: so small a model has no width to spare for it, so every layer gets one. It needs more steps than the whole
-# model, and beyond this rate of the text encoder prompts lose their meaning.
+# A LoRA needs more steps than the whole model; with a higher rate of the text encoder the settings are forgotten.
 LORA = {
     "adapter": "lora",
-    "lora_modules": "all",
     "learning_rate": 2e-3,
     "text_encoder_learning_rate": 5e-4,
     "max_train_steps": 400,
@@ -158,7 +156,8 @@ def main() -> None:
         ):
             results.setdefault(name, []).append(made)
             print(f"{name}, seed {seed}\n{made}", flush=True)
-    said = f"{changes['max_train_steps']} steps, learning rate {changes['learning_rate']}, {args.seeds} seeds: mean (lowest to highest).\n\n"
+    said = f"{changes['max_train_steps']} steps, learning rate {changes['learning_rate']}, {args.seeds} seeds: "
+    said += "mean (lowest to highest).\n\n"
     args.output.write_text(
         f"# What training does to tiny-sd\n\nMade by `python {shlex.join(sys.argv)}`. " + said + table(results)
     )
