@@ -237,7 +237,7 @@ def read_lora(path: Path) -> dict[str, Adapter]:
     for name, tensor in tensors.items():
         if match := _WEIGHT.fullmatch(name):
             (downs if match[2] in ("down", "A") else ups)[_from_any_spelling(match[1])] = tensor
-        elif name.endswith(".alpha"):
+        elif name.endswith(".alpha") and tensor.numel() == 1:
             alphas[_from_any_spelling(name.removesuffix(".alpha"))] = float(tensor)
         else:
             others.append(name)

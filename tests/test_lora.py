@@ -221,7 +221,7 @@ def test_training_changes_the_adapters_and_nothing_else(lora, model):
 
 @pytest.mark.parametrize("changes", [{"lora_modules": "all"}, {"gradient_checkpointing": True}], ids=["all", "saving"])
 def test_a_stopped_run_goes_on_to_the_same_result(lora, tmp_path, changes):
-    lora = replace(lora, max_train_steps=6, save_model_every_n_steps=2, log_interval=1, **changes)
+    lora = replace(lora, max_train_steps=5, save_model_every_n_steps=2, **changes)
     straight, stopped = tmp_path / "a" / "run", tmp_path / "b" / "run"
     train(lora, output_dir=straight)
     stop_in_pass(lora, 3, 3, output_dir=stopped)
@@ -465,6 +465,7 @@ def renamed(old, new):
             lambda tensors: {"emb_params": torch.zeros(2, 64)},
             "is no plain LoRA; it has emb_params; choose another file",
         ),
+        (renamed("lora_up.weight", "alpha"), r"is no plain LoRA; it has lora_\S+\.alpha, "),
         (lambda tensors: {}, "is no plain LoRA; choose another file"),
         (
             lambda tensors: {n: t for n, t in tensors.items() if "mid_block" not in n or "to_v.lora_up" not in n},
@@ -481,7 +482,7 @@ def renamed(old, new):
             r"is \(256,\) and \(256,\) for a layer of \(64, 64\)",
         ),
     ],
-    ids=["te2", "original names", "LoHa", "embedding", "empty", "half a pair", "widths", "vectors"],
+    ids=["te2", "original names", "LoHa", "embedding", "alphas", "empty", "half a pair", "widths", "vectors"],
 )
 def test_a_file_that_is_none_of_this_model_is_refused(model, file, change, sentence, put):
     models = load_models(model)
@@ -566,7 +567,7 @@ def test_diffusers_draws_the_same_from_the_file(embedded_run):
     assert np.abs(np.asarray(picture, int) - live[0]).max() <= 1
 
 
-def test_the_base_is_found_by_the_note_beside_the_lora(embedded_run, tmp_path, monkeypatch):
+def test_the_base_is_found_by_the_note_beside_the_lora(embedded_run):
     source = find_source(embedded_run / "model")
     assert source.pretrained_model_name_or_path == embedded.NAME
     assert source.lora == embedded_run / "model" / "poodle.safetensors"
