@@ -164,6 +164,15 @@ def whole(value: Any) -> Any:
     return full.cpu() if rank() == 0 else None
 
 
+def gather(value: Any) -> list[Any] | None:
+    """What each process has, in the main process; None in the others."""
+    import torch
+
+    values = [None] * world() if rank() == 0 else None
+    torch.distributed.gather_object(value, values, group=_hosts())
+    return values
+
+
 def spread(tensor: Any, like: torch.Tensor) -> Any:
     """A whole tensor, the same in every process, sharded as another one is."""
     if not hasattr(like, "full_tensor") or not hasattr(tensor, "dim") or not tensor.dim():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit import processes
+from dbkit import processes, zero
 from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
@@ -31,7 +31,7 @@ class State:
     """The parts of the model, which of them are trained, and what belongs to that.
 
     shown are the parts that are saved and sampled: the same, but where training is sharded whole copies of those that
-    are trained, as of the last gather().
+    are trained, as of the last gather(). engine is DeepSpeed's, if accelerate's file asks for it.
     """
 
     models: Models
@@ -41,6 +41,7 @@ class State:
     scaler: torch.amp.GradScaler
     ema: Ema | None
     dtype: torch.dtype
+    engine: Any = None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -61,7 +62,8 @@ class State:
                 weights = processes.whole(self.trained[part].state_dict())
                 if processes.rank() == 0:
                     module.load_state_dict(weights)
-        return processes.whole(self.optimizer.state_dict())
+        own = self.optimizer.state_dict()
+        return {"processes": processes.gather(own)} if self.engine else processes.whole(own)
 
     def averaged(self) -> contextlib.AbstractContextManager:
         """Put the averages, if there are any, where the weights are for the time of the block."""
@@ -74,8 +76,9 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
     if config.train_text_encoder:
         trained["text_encoder"] = models.text_encoder
     shown = models
-    if processes.shards():
+    if processes.shards() or zero.asked():
         _check_shards(config)
+    if processes.shards():
         shown = dataclasses.replace(models, **{part: copy.deepcopy(module) for part, module in trained.items()})
     for module in trained.values():
         module.requires_grad_(True).train().to(device)
@@ -93,7 +96,8 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
             processes.shard(module, device, keep=config.use_aspect_ratio_bucket)
     optimizer = make_optimizer(config, trained, device, library)
     ema = Ema(trained, config.ema_decay) if config.use_ema else None
-    return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype)
+    engine = zero.make_engine(config, trained, optimizer, dtype) if zero.asked() else None
+    return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype, engine)
 
 
 def _check_shards(config: TrainConfig) -> None:
@@ -106,7 +110,7 @@ def _check_shards(config: TrainConfig) -> None:
     }
     found = [name for name, there in cannot.items() if there]
     if found:
-        raise DbkitError(f"{found[0]} does not go with FSDP; leave it off, or launch without FSDP")
+        raise DbkitError(f"{found[0]} does not go with FSDP or DeepSpeed; leave it off, or launch without them")
 
 
 def write_state(state: State, folder: Path, optimizer: dict[str, Any]) -> None:
@@ -120,6 +124,9 @@ def write_state(state: State, folder: Path, optimizer: dict[str, Any]) -> None:
 def read_state(state: State, saved: Checkpoint) -> None:
     """Put a saved state in."""
     others = load_state(saved, state.trained)
+    if state.engine:
+        state.engine.optimizer.refresh_fp32_params()
+        others["optimizer"] = others["optimizer"]["processes"][processes.rank()]
     load_optimizer(state.optimizer, others["optimizer"])
     if others["scaler"]:  # empty when the session before did not run in fp16
         state.scaler.load_state_dict(others["scaler"])

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit import processes
+from dbkit import processes, zero
 from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.checkpoint import commit, find_fault, rotate, step_folder
@@ -157,13 +157,19 @@ def train_step(
             if config.min_snr_gamma:
                 errors *= snr_weights(batch.timesteps, alphas_cumprod, config.min_snr_gamma, prediction_type)
             parts = prior_preservation_loss(errors, batch.instances, batch.pairs, config.prior_loss_weight)
-            processes.last_backward(state.trained.values(), number == passes - 1 and batch is batches[-1])
-            scaler.scale(parts[0] / passes).backward()
+            last = number == passes - 1 and batch is batches[-1]
+            if state.engine:
+                zero.backward(state.engine, parts[0] / passes, last)
+            else:
+                processes.last_backward(state.trained.values(), last)
+                scaler.scale(parts[0] / passes).backward()
             losses += torch.stack(parts).detach() / passes
+    set_learning_rate(optimizer, learning_rate)
+    if state.engine:
+        return processes.mean(losses), zero.step(state.engine)
     processes.average_gradients(state.parameters)
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
-    set_learning_rate(optimizer, learning_rate)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

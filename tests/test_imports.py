@@ -14,7 +14,7 @@ PACKAGE = Path(dbkit.__file__).parent
 # A module imports only from those before it.
 LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
-    libraries processes tokenizer text identifier faces measures doctor sources report dataset edits captioners
+    libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
     captioning examples models sampling class_images cache losses checkpoint resume trackers log optimizers lora ema
     state auto preview evaluate hub planning train keys families convert demo suggestions forms editor cli
 """

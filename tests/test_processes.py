@@ -81,12 +81,26 @@ def test_sharded_training_equals_one_process_and_resumes_exactly(settings, model
     assert (runs[0] / "previews" / "step_000003.png").is_file()
 
 
+def test_deepspeed_equals_one_process_and_resumes_exactly(settings, model, tmp_path):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed; it is built for a machine's torch and CUDA")
+    case = {**settings, **COMMON, "train_text_encoder": True, "gradient_accumulation_steps": 2}
+    runs = [tmp_path / "straight", tmp_path / "again"]
+    jobs = [{**case, "output_dir": runs[0]}]
+    jobs += [{**case, "output_dir": runs[1], "max_train_steps": steps} for steps in (1, 3)]
+    zero2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
+    zero2 |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
+    finish(launch("train", json.dumps([plain(job) for job in jobs]), **zero2))
+    assert_equal(state_of(runs[0]), state_of(runs[1]))
+    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
+    assert_close_to_one_process(runs[0], case, base, tmp_path)
+
+
 def test_what_cannot_be_sharded_is_said(settings):
     job = plain({**settings, "use_ema": True})
     started = launch("train", json.dumps([job]), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     said, _ = started.communicate()
     assert started.returncode != 0
-    assert "use_ema does not go with FSDP; leave it off, or launch without FSDP" in said
+    assert "use_ema does not go with FSDP or DeepSpeed; leave it off, or launch without them" in said
 
 
 def test_a_launcher_that_is_told_to_stop_leaves_a_whole_state(settings):
@@ -107,6 +121,28 @@ def test_an_error_of_the_main_process_ends_all(settings):
     said, _ = started.communicate()
     assert started.returncode != 0
     assert said.count("DbkitError: instance_data_dir nowhere is not a folder") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "environment"),
+    [
+        ("two_gpus", {}),
+        ("two_machines", {}),
+        ("fsdp", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}),
+        ("deepspeed", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}),
+    ],
+)
+def test_accelerate_makes_of_the_sample_files_what_dbkit_reads(name, environment):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = Path(__file__).parents[1] / "docs" / "accelerate" / f"{name}.yaml"
+    settings = load_config_from_file(str(path))
+    assert settings.mixed_precision == "no"
+    fsdp, deepspeed = (getattr(settings, f"{kind}_config", None) or {} for kind in ("fsdp", "deepspeed"))
+    found = {f"ACCELERATE_USE_{settings.distributed_type.value}": "true"} if fsdp or deepspeed else {}
+    found |= {key.upper(): str(value).lower() for key, value in fsdp.items()}
+    found |= {f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value) for key, value in deepspeed.items()}
+    assert environment.items() <= found.items()
 
 
 def test_a_flag_without_a_launcher_is_said(settings, monkeypatch):
