@@ -309,11 +309,24 @@ def test_every_sample_file_is_a_training_that_names_sample_pictures():
         assert (ROOT / config.instance_data_dir).is_dir() or path.name == "train_person.yaml"
 
 
-def test_the_page_of_settings_is_up_to_date():
+@pytest.fixture
+def page():
+    """docs/settings_page.py as a module."""
     spec = importlib.util.spec_from_file_location("settings_page", ROOT / "docs" / "settings_page.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == module.settings_page(), "run: make docs"
+    return module
+
+
+def test_the_page_of_settings_is_up_to_date(page):
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == page.settings_page(), "run: make docs"
+
+
+def test_the_page_names_a_test_for_each_known_parameter_and_it_is_there(page):
+    assert page.SCRIPTS.keys() == set(TABLE.split())
+    for test in page.SCRIPTS.values():
+        file, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8")
 
 
 def test_choices_may_stand_in_one_text():
