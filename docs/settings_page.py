@@ -69,8 +69,8 @@ SCRIPTS = dict(
 _SCRIPTS_HEAD = """
 ## Options of the DreamBooth scripts
 
-Every option of the older scripts has the same name here, written with underscores or dashes. The schedule that some of them
-call `cosine_with_hard_restarts` is `cosine_with_restarts`.
+Every option of the older scripts has the same name here, written with underscores or dashes. The schedule that some
+of them call `cosine_with_hard_restarts` is `cosine_with_restarts`.
 
 | option | its test, in `tests/` |
 | :-- | :-- |
