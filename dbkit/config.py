@@ -152,10 +152,6 @@ class PreviewConfig(Settings):
     model: Path = setting(
         ..., "a run's model/, one of its checkpoints/, or a base model: a diffusers folder", positional=True
     )
-    lora: Path | None = setting(
-        None,
-        "a LoRA to put on model: a .safetensors file, or a run's model/; a LoRA run's own model/ needs only be given as model",
-    )
     prompt: tuple[str, ...] = setting(
         (), "prompts, one for each row of the grid; on the command line give the flag once for each"
     )
@@ -172,6 +168,10 @@ class PreviewConfig(Settings):
     )
     num_inference_steps: int = setting(25, "denoising steps for each picture", min=1, max=1000)
     resolution: int | None = setting(None, "side of the pictures, in pixels; empty: the model's own", min=8, max=4096)
+    lora: Path | None = setting(
+        None,
+        "a LoRA to put on model: a .safetensors file, or a run's model/; a LoRA run's own model/ needs only be given as model",
+    )
     clip_skip: int | None = setting(None, CLIP_SKIP, min=1, max=12, advanced=True)
     sample_batch_size: int = setting(4, "pictures made at once", min=1, max=256, advanced=True)
     mixed_precision: PRECISIONS = setting(

@@ -27,17 +27,17 @@ def start(device: torch.device, local_rank: int = -1) -> torch.device:
 
     local_rank is the number of this process on its machine where a launcher says it by a flag; -1: it does not.
     """
-    if local_rank >= 0:
-        os.environ.setdefault("LOCAL_RANK", str(local_rank))
-    if "LOCAL_RANK" not in os.environ:
+    number = os.environ.get("LOCAL_RANK", str(local_rank))
+    if number == "-1":
         return device
     if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise DbkitError(
-            f"this is process {os.environ['LOCAL_RANK']} of several, and {', '.join(missing)} are not set; start it by "
+            f"this is process {number} of several, and {', '.join(missing)} are not set; start it by "
             "torchrun or accelerate launch, or leave local_rank out"
         )
     from accelerate import PartialState
 
+    os.environ["LOCAL_RANK"] = number
     own = PartialState(cpu=device.type == "cpu").device
     _hosts()
     return device if device.type == "cpu" else own

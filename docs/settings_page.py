@@ -56,7 +56,7 @@ SCRIPTS = dict(
     logging_dir test_trackers.py::test_tensorboard_shows_what_the_log_has_and_steps_that_are_taken_again_once
     log_with test_trackers.py::test_wandb_is_told_the_same_offline_and_one_run_is_one_run_there
     mixed_precision test_train.py::test_bf16_arithmetic_stays_close_and_trains_fp32_weights
-    local_rank test_processes.py::test_a_flag_without_a_launcher_is_said
+    local_rank test_processes.py::test_a_flag_without_a_launcher_is_said_and_leaves_nothing_behind
     save_model_every_n_steps test_train.py::test_checkpoints_come_at_their_steps_and_the_oldest_go
     auto_test_model test_train.py::test_previews_do_not_change_the_training
     test_prompt test_train.py::test_previews_show_the_prompts_that_were_asked_for

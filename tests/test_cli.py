@@ -215,13 +215,9 @@ def test_help_lists_every_setting_in_both_spellings(capsys, command, cls):
             assert f"--{field.name.replace('_', '-')}" in text
 
 
-def test_help_says_the_default_and_what_is_not_built_yet(capsys):
+def test_help_says_the_default(capsys):
     text = " ".join(shown(capsys, "train", "--help").split())
     assert "peak learning rate (default: 5e-06)" in text
-    assert (
-        "rank of this process among several GPUs (default: -1) (not built yet: comes with a later version of dbkit)"
-        in text
-    )
 
 
 def test_help_of_dbkit_lists_the_commands_and_version_says_the_version(capsys):

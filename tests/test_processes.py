@@ -1,6 +1,7 @@
 """Two processes compute what one does with twice the batch, resume exactly, stop together, may share the weights."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -145,10 +146,11 @@ def test_accelerate_makes_of_the_sample_files_what_dbkit_reads(name, environment
     assert environment.items() <= found.items()
 
 
-def test_a_flag_without_a_launcher_is_said(settings, monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
+def test_a_flag_without_a_launcher_is_said_and_leaves_nothing_behind(settings):
     with pytest.raises(DbkitError, match="process 0 of several, and RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT"):
         train(TrainConfig(**settings, local_rank=0))
+    assert "LOCAL_RANK" not in os.environ
+    train(**settings)
 
 
 def test_in_one_process_nothing_is_exchanged():
