@@ -70,7 +70,7 @@ def test_another_number_of_processes_does_not_continue_a_run(config, tmp_path):
 
 
 def test_sharded_training_equals_one_process_and_resumes_exactly(settings, model, tmp_path):
-    case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True, "resolution": 32}
+    case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True}
     runs = [tmp_path / "straight", tmp_path / "again"]
     jobs = [{**case, "output_dir": runs[0]}]
     jobs += [{**case, "output_dir": runs[1], "max_train_steps": steps} for steps in (1, 3)]
