@@ -70,7 +70,6 @@ def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype:
 
 def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tuple[dict[str, Any], list[str]]:
     """A value for each setting that is left to be chosen, and the reasons. images has the number of each concept's."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     chosen, reasons = {}, []
     for rule in (_batch_and_memory, _steps, _learning_rate, _class_images, _saves):
         values, why = rule(dataclasses.replace(config, **chosen), images, machine)
@@ -78,7 +77,7 @@ def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tupl
         chosen |= new
         if new:
             reasons.append(f"{_listed(new)}: {why}")
-    return {name: chosen.get(name, defaults[name]) for name in left_to_auto(config)}, reasons
+    return {name: chosen.get(name, getattr(TrainConfig, name)) for name in left_to_auto(config)}, reasons
 
 
 def machine_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Machine:
@@ -97,8 +96,7 @@ def machine_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
 def _has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
     if config.optimizer != "adamw":
         return False
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    tried = {name: defaults[name] for name in left_to_auto(config)} | {"use_8bit_adam": True}
+    tried = {name: getattr(TrainConfig, name) for name in left_to_auto(config)} | {"use_8bit_adam": True}
     config = dataclasses.replace(config, **tried)
     return any(not try_optimizer(config, library, device) for library in LIBRARIES["adamw8bit"])
 

@@ -79,9 +79,8 @@ def _fill(config: ClassImagesConfig, loaded: Callable[..., _Loaded]) -> ClassIma
     if missing:
         note = {**identity, "brought": [path.name for path in brought]}
         write_text(folder / MANIFEST, json.dumps(note, indent=1, ensure_ascii=False))
-        name, clip_skip = config.pretrained_model_name_or_path, config.clip_skip
-        where = (name, config.revision, clip_skip, config.device, config.mixed_precision)
-        _generate(config, loaded(*where), missing, wanted)
+        base = (config.pretrained_model_name_or_path, config.revision, config.clip_skip)
+        _generate(config, loaded(*base, config.device, config.mixed_precision), missing, wanted)
     return ClassImages(folder, len(missing), len(wanted) - len(missing), len(brought), [*brought, *wanted])
 
 

@@ -74,7 +74,8 @@ def _masked(examples: list[Example]) -> list[Example]:
     found, misfits = [], []
     for example in examples:
         mask = mask_of(example.path)
-        if mask and not _same_shape(read_image(example.path).size, read_mask(mask).size):
+        # A picture's own transparency has its shape: it need not be decoded again to see that.
+        if mask not in (None, example.path) and not _same_shape(read_image(example.path).size, read_mask(mask).size):
             misfits.append(example.path.name)
         found.append(dataclasses.replace(example, mask=mask, mask_sha256=sha256(mask) if mask else ""))
     if misfits:

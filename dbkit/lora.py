@@ -24,11 +24,10 @@ from dbkit.models import (
     TEXT_PREFIX,
     Models,
     fingerprint,
-    load_models,
+    load_base,
     model_facts,
     save_models,
     save_tensors,
-    with_zero_terminal_snr,
 )
 from dbkit.settings import configured_by, field_type, is_path, plain
 from dbkit.text import encode_prompts, tokenize
@@ -371,22 +370,9 @@ def lora_file(path: Path) -> Path:
 
 def load_source(source: Source) -> Models:
     """Load a model in fp32 on the CPU, its LoRA merged in."""
-    models = _load_base(source)
+    models = load_base(source)
     if source.lora:
         merge_lora(models, source.lora)
-    return models
-
-
-def _load_base(source: Source) -> Models:
-    models = load_models(
-        source.pretrained_model_name_or_path,
-        source.revision,
-        source.tokenizer_name,
-        source.pretrained_vae_name_or_path,
-        source.clip_skip,
-    )
-    if source.rescale_zero_terminal_snr:
-        with_zero_terminal_snr(models)
     return models
 
 
@@ -402,10 +388,10 @@ def merge(config: MergeConfig) -> Path:
     base = config.pretrained_model_name_or_path
     source = find_source(base, config.lora) if base else noted_source(config.lora)
     model_facts(source.pretrained_model_name_or_path)
-    models = _load_base(source)
+    models = load_base(source)
     load_lora(models, source.lora, config.scale)
     expected = _probe(models)
-    models = _load_base(source)
+    models = load_base(source)
     merge_lora(models, source.lora, config.scale)
     error = float((_probe(models) - expected).abs().max() / expected.abs().max())
     if not error < 1e-3:

@@ -243,6 +243,20 @@ def load_models(
     return models
 
 
+def load_base(settings: Any) -> Models:
+    """The base model that settings describe by TrainConfig's names: a training's own, or those noted beside a LoRA."""
+    models = load_models(
+        settings.pretrained_model_name_or_path,
+        settings.revision,
+        settings.tokenizer_name,
+        settings.pretrained_vae_name_or_path,
+        settings.clip_skip,
+    )
+    if settings.rescale_zero_terminal_snr:
+        with_zero_terminal_snr(models)
+    return models
+
+
 def vae_folder(name: str) -> Path | None:
     """The folder of a VAE, by itself or in a model folder; None for a Hugging Face id. Raises DbkitError otherwise."""
     folder = local_folder(name)

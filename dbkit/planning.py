@@ -46,7 +46,7 @@ class RunPlan:
     done: int
     saved: Checkpoint | None
     identity: dict[str, Any]
-    library: str
+    optimizer_library: str
 
 
 def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:

@@ -61,10 +61,11 @@ def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path
     then, now = saved.facts, identity
     # A setting that the state does not know came with a later version, which leaves it as it was.
     defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)} | {"processes": 1}
+    before = {**defaults, **then["settings"]}
     changed = [
-        f"{name} was {then['settings'].get(name, defaults.get(name, value))!r} and is {value!r}"
+        f"{name} was {before[name]!r} and is {value!r}"
         for name, value in now["settings"].items()
-        if then["settings"].get(name, defaults.get(name, value)) != value
+        if before.get(name, value) != value
     ]
     changed += [f"{name} differ" for name in now if name != "settings" and then.get(name) != now[name]]
     if changed:

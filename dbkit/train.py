@@ -26,9 +26,8 @@ from dbkit.models import (
     Models,
     check_resolution,
     check_zero_terminal_snr,
-    load_models,
+    load_base,
     save_models,
-    with_zero_terminal_snr,
 )
 from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate, state_bytes
 from dbkit.order import Order
@@ -77,7 +76,7 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
-    state = make_state(config, models, device, dtype, plan.library)
+    state = make_state(config, models, device, dtype, plan.optimizer_library)
     assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     on_main(_require_run_space, run, config, state)
     if plan.saved:
@@ -180,17 +179,9 @@ def train_step(
 
 def _load(config: TrainConfig) -> Models:
     """The five parts, checked against the settings once more: of a Hugging Face model nothing was known before."""
-    models = load_models(
-        config.pretrained_model_name_or_path,
-        config.revision,
-        config.tokenizer_name,
-        config.pretrained_vae_name_or_path,
-        config.clip_skip,
-    )
+    models = load_base(config)
     check_resolution(config.resolution, models.facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
-    if config.rescale_zero_terminal_snr:
-        with_zero_terminal_snr(models)
     return models
 
 

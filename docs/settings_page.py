@@ -94,8 +94,7 @@ def _row(cls: type[Settings], field: dataclasses.Field) -> str:
     kind = [type_name(field_type(cls, field.name))]
     kind += [f"{word} {facts[key]:,}".replace(",", " ") for key, word in _BOUNDS if key in facts]
     kind += ["or `auto`"] if facts.get("auto") else []
-    help = facts["help"]
-    return f"| `{field.name}` | {', '.join(kind)} | {_default(field.default)} | {help} |\n"
+    return f"| `{field.name}` | {', '.join(kind)} | {_default(field.default)} | {facts['help']} |\n"
 
 
 def _default(value: Any) -> str:

@@ -110,6 +110,57 @@ def config(settings) -> TrainConfig:
     return TrainConfig(**settings)
 
 
+@pytest.fixture
+def prior(tmp_path) -> dict:
+    """Settings of prior preservation with two class images, so that none have to be generated."""
+    for colour in ("navy", "olive"):
+        draw_photo(tmp_path / "class" / f"{colour}.png", colour=colour)
+    return {
+        "with_prior_preservation": True,
+        "class_prompt": "photo of a thing",
+        "class_data_dir": tmp_path / "class",
+        "num_class_images": 2,
+    }
+
+
+@pytest.fixture
+def mixed(tmp_path) -> dict:
+    """Settings of two concepts of several shapes, with tags, augmentation, buckets and class images."""
+    tags = "zwx thing, red, round, small, on white"
+    for name, sizes in (("one", [(96, 80), (60, 120), (64, 64)]), ("two", [(130, 60), (80, 96)])):
+        for number, size in enumerate(sizes):
+            path = draw_photo(tmp_path / "sets" / name / f"{number}.png", size, colour="crimson" if number else "gold")
+            path.with_suffix(".txt").write_text(f"{tags}, number {number}")
+            draw_photo(tmp_path / "sets" / f"class of {name}" / f"{number}.png", size, colour="navy")
+    concepts = [
+        {
+            "instance_prompt": f"photo of {word} thing",
+            "class_prompt": f"photo of a {name} thing",
+            "instance_data_dir": name,
+            "class_data_dir": f"class of {name}",
+            "weight": weight,
+        }
+        for name, word, weight in (("one", "zwx", 2), ("two", "ukj", 1))
+    ]
+    (tmp_path / "sets" / "concepts_list.json").write_text(json.dumps(concepts))
+    return {
+        "instance_data_dir": None,
+        "instance_prompt": None,
+        "concepts_list": tmp_path / "sets" / "concepts_list.json",
+        "with_prior_preservation": True,
+        "num_class_images": 2,
+        "use_aspect_ratio_bucket": True,
+        "combine_prompt_from_txt": True,
+        "shuffle_tags": True,
+        "tag_dropout": 0.3,
+        "hflip": True,
+        "augment_rotation": 5,
+        "augment_crop": 0.2,
+        "augment_brightness": 0.1,
+        "train_batch_size": 2,
+    }
+
+
 def make_random_model(folder: Path, seed: int = 0) -> Path:
     """Write a small model of the real classes with random weights, in the layout of Stable Diffusion 1.
 

@@ -146,7 +146,7 @@ def measured(config: TrainConfig, made: dict) -> list[float]:
     if key not in made:
         plan = make_plan(config, config.output_dir, CPU)
         models = _load(config)
-        state = make_state(config, models, CPU, torch.float32, plan.library)
+        state = make_state(config, models, CPU, torch.float32, plan.optimizer_library)
         made[key] = state, _make_pools(config, models, plan, CPU), plan.order
     state, pools, order = made[key]
     per_step = config.train_batch_size * config.gradient_accumulation_steps * processes.world()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from several_processes import finish, launch, plain
-from test_train import assert_equal, distance, log_of, mixed, prior, state_of  # noqa: F401
+from test_train import assert_equal, distance, log_of, state_of
 
 from dbkit import DbkitError, TrainConfig, processes, train
 from dbkit.checkpoint import find_fault
@@ -27,7 +27,7 @@ CASES = {
 
 
 @pytest.fixture
-def cases(settings, prior, mixed) -> dict[str, dict]:  # noqa: F811
+def cases(settings, prior, mixed) -> dict[str, dict]:
     extra = {"prior": prior, "mixed": mixed}
     return {name: {**settings, **COMMON, **extra.get(name, {}), **case} for name, case in CASES.items()}
 
@@ -36,64 +36,67 @@ def weights_of(run: Path) -> dict:
     return {name: value for name, value in state_of(run).items() if name.startswith(("unet/", "text_encoder/"))}
 
 
-def assert_close_to_one_process(run: Path, settings: dict, base: dict, folder: Path) -> None:
+def train_in_two(jobs: list[dict], **environment: str) -> str:
+    """Train each of these settings in two processes, and return what they said."""
+    return finish(launch("train", json.dumps([plain(job) for job in jobs]), **environment))
+
+
+def train_straight_and_again(case: dict, folder: Path, **environment: str) -> Path:
+    """A run in two processes, which equals another one that was resumed after its first step."""
+    straight, again = folder / "straight", folder / "again"
+    resumed = [{**case, "output_dir": again, "max_train_steps": steps} for steps in (1, 3)]
+    train_in_two([{**case, "output_dir": straight}, *resumed], **environment)
+    assert_equal(state_of(straight), state_of(again))
+    return straight
+
+
+def assert_close_to_one_process(run: Path, settings: dict) -> None:
     """The run equals one process with twice the batch."""
-    alone = folder / f"{run.name} alone"
+    alone = run.with_name(f"{run.name} alone")
     train(**{**settings, "train_batch_size": 2 * settings.get("train_batch_size", 1), "output_dir": alone})
     for one, two in zip(log_of(alone), log_of(run), strict=True):
         assert one.pop("seconds_per_step") and two.pop("seconds_per_step")
         assert one == pytest.approx(two, rel=5e-3)
     one, two = weights_of(alone), weights_of(run)
     assert one.keys() == two.keys()
+    model = Path(settings["pretrained_model_name_or_path"])
+    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
     moved = distance(one, {name: base.get(name, torch.zeros(())) for name in one})
     assert distance(one, two) < 1e-3 * moved
 
 
-def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(cases, model, tmp_path):
+def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(cases, tmp_path):
     jobs = [{**case, "output_dir": tmp_path / name} for name, case in cases.items()]
     again = tmp_path / "again"
     jobs += [{**cases["text encoder"], "output_dir": again, "max_train_steps": steps} for steps in (1, 3)]
-    said = finish(launch("train", json.dumps([plain(job) for job in jobs])))
+    said = train_in_two(jobs)
     assert_equal(state_of(tmp_path / "text encoder"), state_of(again))
-    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
     for name, case in cases.items():
-        assert_close_to_one_process(tmp_path / name, case, base, tmp_path)
+        assert_close_to_one_process(tmp_path / name, case)
         assert find_fault(tmp_path / name / "model", step=3) is None
     # Only one of them speaks.
     assert said.count("3 of 3 steps are done") == len(cases) + 1
 
 
 def test_another_number_of_processes_does_not_continue_a_run(config, tmp_path):
-    finish(launch("train", json.dumps([plain({**vars(config), "hub_token": None})])))
+    train_in_two([{**vars(config), "hub_token": None}])
     with pytest.raises(DbkitError, match="do not continue: processes was 2 and is 1"):
         train(config, max_train_steps=3)
 
 
-def test_sharded_training_equals_one_process_and_resumes_exactly(settings, model, tmp_path):
+def test_sharded_training_equals_one_process_and_resumes_exactly(settings, tmp_path):
     case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True}
-    runs = [tmp_path / "straight", tmp_path / "again"]
-    jobs = [{**case, "output_dir": runs[0]}]
-    jobs += [{**case, "output_dir": runs[1], "max_train_steps": steps} for steps in (1, 3)]
-    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    finish(launch("train", json.dumps([plain(job) for job in jobs]), **fsdp))
-    assert_equal(state_of(runs[0]), state_of(runs[1]))
-    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
-    assert_close_to_one_process(runs[0], {**case, "auto_test_model": False}, base, tmp_path)
-    assert (runs[0] / "previews" / "step_000003.png").is_file()
+    run = train_straight_and_again(case, tmp_path, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert_close_to_one_process(run, {**case, "auto_test_model": False})
+    assert (run / "previews" / "step_000003.png").is_file()
 
 
-def test_deepspeed_equals_one_process_and_resumes_exactly(settings, model, tmp_path):
+def test_deepspeed_equals_one_process_and_resumes_exactly(settings, tmp_path):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed; it is built for a machine's torch and CUDA")
     case = {**settings, **COMMON, "train_text_encoder": True, "gradient_accumulation_steps": 2}
-    runs = [tmp_path / "straight", tmp_path / "again"]
-    jobs = [{**case, "output_dir": runs[0]}]
-    jobs += [{**case, "output_dir": runs[1], "max_train_steps": steps} for steps in (1, 3)]
     zero2 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu"}
     zero2 |= {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-    finish(launch("train", json.dumps([plain(job) for job in jobs]), **zero2))
-    assert_equal(state_of(runs[0]), state_of(runs[1]))
-    base = {f"{part}/{name}": t for part in ("unet", "text_encoder") for name, t in read_weights(model, part).items()}
-    assert_close_to_one_process(runs[0], case, base, tmp_path)
+    assert_close_to_one_process(train_straight_and_again(case, tmp_path, **zero2), case)
 
 
 def test_what_cannot_be_sharded_is_said(settings):
