@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # The rest: CUDA's own memory, workspaces and fragments, in GB. Fitted to published figures, which tests compare.
 UNET, TEXT_ENCODER = 0.86, 0.12
 PICTURE, PICTURE_CHECKPOINTED, REST = 1.5, 0.5, 1.3
+# What each optimizer keeps, in bytes a parameter.
+STATE = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "prodigy": 16}
 # A part is left over, for the figures are approximate.
 USABLE = 0.9
 # What is seen of the images over a run: 100 times each, within these bounds.
@@ -196,7 +198,8 @@ def memory(
     picture = round((PICTURE_CHECKPOINTED if gradient_checkpointing else PICTURE) * area * (1 if half else 1.5), 2)
     pictures = train_batch_size * (2 if config.with_prior_preservation else 1)
     parameters = UNET + (TEXT_ENCODER if config.train_text_encoder else 0)
-    kept = 4 if _lora(config) else 4 + (2 if use_8bit_adam else 8) + 4 * config.use_ema
+    moments = STATE["adamw8bit" if use_8bit_adam else config.optimizer]
+    kept = 4 if _lora(config) else 4 + moments + 4 * config.use_ema
     # Gradients: there during the forward pass only if they are summed up. A LoRA's are small.
     forward = kept if _lora(config) else kept + 2 * half + 4 * (gradient_accumulation_steps > 1)
     backward = kept if _lora(config) else kept + 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from dbkit import draws
 from dbkit.augment import holes_of
 from dbkit.buckets import Size
 from dbkit.examples import Example
-from dbkit.images import View, read_image, read_mask, render
+from dbkit.images import View, read_image, read_mask, render, render_mask
 from dbkit.models import Models
 from dbkit.order import Order
 from dbkit.train_config import TrainConfig
@@ -95,12 +94,10 @@ def _weights(
     shape = latents.shape[2:]
     if mask is None:
         return torch.ones(1, 1, *shape, device=latents.device)
-    plain = dataclasses.replace(view, brightness=1, contrast=1)
-    white = torch.from_numpy(np.asarray(render(mask, size, plain), dtype=np.float32) / 255)
+    white = torch.from_numpy(np.asarray(render_mask(mask, size, view), dtype=np.float32) / 255)
     # The mean over the pixels of each latent.
     white = torch.nn.functional.adaptive_avg_pool2d(white[None, None], tuple(shape)).to(latents.device)
-    # A crop without any white would leave nothing to divide by.
-    return (config.unmasked_weight + (1 - config.unmasked_weight) * white).clamp(min=1e-4)
+    return config.unmasked_weight + (1 - config.unmasked_weight) * white
 
 
 def _hide(vae: AutoencoderKL, pixels: torch.Tensor, hole: np.ndarray) -> torch.Tensor:

@@ -26,11 +26,10 @@ from dbkit.images import (
     crop_place,
     is_hidden,
     list_images,
-    mask_of,
     read_image,
-    read_mask,
     read_usable,
     render,
+    usable_mask,
 )
 from dbkit.measures import Measures, fingerprint, measure
 from dbkit.report import (
@@ -112,6 +111,7 @@ def _look(source: Source, config: PrepareConfig) -> tuple[dict[str, Measures], d
         name = _name(source, path)
         try:
             caption, image = read_caption(path), read_usable(path)
+            usable_mask(path, image.size)
         except DbkitError as error:
             source.refused[name] = str(error)
             continue
@@ -165,11 +165,7 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
     for path in tqdm(chosen, "preparing", file=sys.stdout, mininterval=1, leave=False):
         name, image = _name(source, path), read_image(path)
         face = largest_face(image) if _wants_faces(config) else None
-        if mask := mask_of(path):
-            # Its size may be another one, its cut is the picture's.
-            _, seen, _ = next(_pictures(read_mask(mask).resize(image.size), face, name, config))
-            with whole_file(folder / "masks" / names[path]) as partial:
-                seen.save(partial, "PNG")
+        masks = _masks(path, image.size, face, name, config)
         for part, picture, share in _pictures(image, face, name, config):
             file = names[path] if part == "whole" else _part_name(names[path], part, taken)
             made = Kept(
@@ -186,9 +182,21 @@ def _prepare(source: Source, chosen: list[Path], captions: dict[str, str | None]
                 source_sha256=hashes[path],
                 faceless=_wants_faces(config) and face is None,
             )
-            kept.append(_write(folder, made, picture, [old for old in before if old.file == file]))
+            kept.append(_write(folder, made, picture, masks.get(part), [old for old in before if old.file == file]))
     _remove_stale(folder, before, kept)
     return kept
+
+
+def _masks(
+    path: Path, size: tuple[int, int], face: Box | None, name: str, config: PrepareConfig
+) -> dict[str, Image.Image]:
+    """The masks of the parts of a photograph, by part, cut as these are; a background shows nothing of the subject."""
+    mask = usable_mask(path, size)
+    if mask is None:
+        return {}
+    # Its size may be another one than the picture's.
+    cuts = {part: cut for part, cut, _ in _pictures(mask[1].resize(size), face, name, config)}
+    return {part: cut for part, cut in cuts.items() if part != "background"}
 
 
 def _check_same_set(before: list[Kept], hashes: set[str], config: PrepareConfig) -> None:
@@ -229,19 +237,36 @@ def _part_name(whole: str, part: str, taken: set[str]) -> str:
     return next(name for name in names if name not in taken)
 
 
-def _write(folder: Path, made: Kept, picture: Image.Image, before: list[Kept]) -> Kept:
-    """Write one image and its caption, unless someone changed them since dbkit wrote them. before are its records."""
-    target, buffer = folder / made.file, io.BytesIO()
-    picture.save(buffer, "PNG")
-    made = replace(made, sha256=hashlib.sha256(buffer.getvalue()).hexdigest())
+def _write(folder: Path, made: Kept, picture: Image.Image, mask: Image.Image | None, before: list[Kept]) -> Kept:
+    """Write an image, its mask and its caption, unless someone changed them since dbkit did. before are its records."""
+    target, data = folder / made.file, _png(picture)
+    made = replace(made, sha256=hashlib.sha256(data).hexdigest())
     if before and target.is_file() and sha256(target) not in {made.sha256, *(old.sha256 for old in before)}:
         made = replace(made, sha256=before[-1].sha256, retouched=True)
+    mask_file, mask_data = folder / "masks" / made.file, _png(mask) if mask else b""
+    mask_before = {old.mask_sha256 for old in before}
+    own_mask = not mask_file.is_file() or sha256(mask_file) in mask_before
+    if own_mask and mask:
+        made = replace(made, mask_sha256=hashlib.sha256(mask_data).hexdigest())
+    elif before and not own_mask:
+        made = replace(made, mask_sha256=before[-1].mask_sha256)
     note_written(folder, made)
     if not made.retouched:
         with whole_file(target) as partial:
-            partial.write_bytes(buffer.getvalue())
+            partial.write_bytes(data)
+    if own_mask and mask:
+        with whole_file(mask_file) as partial:
+            partial.write_bytes(mask_data)
+    elif own_mask:
+        mask_file.unlink(missing_ok=True)
     _write_caption(target, made.caption_before, {old.caption_before for old in before})
     return replace(made, caption=read_caption(target))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _pictures(
@@ -337,7 +362,9 @@ def _remove_stale(destination: Path, before: list[Kept], kept: list[Kept]) -> No
         path = destination / image.file
         if path.name not in current and path.is_file() and sha256(path) == image.sha256:
             path.unlink()
-            (destination / "masks" / image.file).unlink(missing_ok=True)
+            mask = destination / "masks" / image.file
+            if mask.is_file() and sha256(mask) == image.mask_sha256:
+                mask.unlink()
             with contextlib.suppress(DbkitError):  # a text that cannot be read is not dbkit's
                 caption = caption_file(path)
                 if caption is not None and read_caption(path) == image.caption_before:

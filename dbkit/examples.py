@@ -22,11 +22,11 @@ from dbkit.images import (
     crop_place,
     is_text,
     list_images,
-    mask_of,
     printable,
     read_image,
-    read_mask,
     read_usable,
+    render_mask,
+    usable_mask,
 )
 from dbkit.report import backgrounds
 from dbkit.train_config import TrainConfig
@@ -70,16 +70,15 @@ def instance_examples(config: TrainConfig, concepts: list[Concept]) -> list[Exam
 
 
 def _masked(examples: list[Example]) -> list[Example]:
-    """The examples with their masks. Raises DbkitError if there is none at all, or one of another shape."""
-    found, misfits = [], []
+    """The examples with their masks. Raises DbkitError if there is none at all, or naming all that cannot be used."""
+    found, faults = [], []
     for example in examples:
-        mask = mask_of(example.path)
-        # A picture's own transparency has its shape: it need not be decoded again to see that.
-        if mask not in (None, example.path) and not _same_shape(read_image(example.path).size, read_mask(mask).size):
-            misfits.append(example.path.name)
-        found.append(dataclasses.replace(example, mask=mask, mask_sha256=sha256(mask) if mask else ""))
-    if misfits:
-        raise DbkitError(f"{len(misfits)} masks have another shape than their images ({some(misfits)}); make them anew")
+        try:
+            found.append(_with_mask(example))
+        except DbkitError as error:
+            faults.append(str(error))
+    if faults:
+        raise DbkitError(f"{len(faults)} of {len(examples)} masks are not usable: {some(faults)}")
     if not any(example.mask for example in found):
         name = examples[0].path
         raise DbkitError(
@@ -89,9 +88,20 @@ def _masked(examples: list[Example]) -> list[Example]:
     return found
 
 
-def _same_shape(one: tuple[int, int], two: tuple[int, int]) -> bool:
-    """Whether two sizes differ by no more than a pixel's rounding once they are brought to one scale."""
-    return abs(one[0] * two[1] - one[1] * two[0]) <= max(*one, *two)
+def _with_mask(example: Example) -> Example:
+    """An example with its mask, if it has one, and without the views that show nothing of what the mask shows."""
+    mask = usable_mask(example.path, read_image(example.path).size)
+    if mask is None:
+        return example
+    path, grey = mask
+    # A weighted mean of such a view would be of the background alone, at full strength.
+    views = tuple(view for view in example.views if render_mask(grey, example.size, view).getextrema()[1])
+    if not views:
+        raise DbkitError(
+            f"the crop of {example.path.name} shows nothing of what its mask does; set use_aspect_ratio_bucket, or "
+            "crop the picture by hand"
+        )
+    return dataclasses.replace(example, views=views, mask=path, mask_sha256=sha256(path))
 
 
 def class_examples(config: TrainConfig, concept: Concept, paths: list[Path], number: int = 0) -> list[Example]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import struct
@@ -82,10 +83,41 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def mask_of(path: Path) -> Path | None:
-    """The picture that says what counts in an image: masks/NAME.png beside it, or itself if it is see-through."""
-    beside = (path.parent / "masks" / f"{name}.png" for name in (path.stem, path.name))
+    """The picture that says what counts in an image: masks/NAME.png beside it, or itself if it is see-through.
+
+    Of dog.jpg and dog.png each may have its own: masks/dog.jpg.png goes before masks/dog.png.
+    """
+    beside = (path.parent / "masks" / f"{name}.png" for name in (path.name, path.stem))
     found = next((mask for mask in beside if mask.is_file()), None)
     return found or (path if _decoded(path, _is_transparent) else None)
+
+
+def usable_mask(path: Path, size: tuple[int, int]) -> tuple[Path, Image.Image] | None:
+    """The mask of an image of that size, or None if it has none.
+
+    Raises DbkitError when it cannot be read, has another shape, or leaves nothing of the image.
+    """
+    mask = mask_of(path)
+    if mask is None:
+        return None
+    name = path.name if mask == path else f"masks/{mask.name}"
+    try:
+        grey = read_mask(mask)
+    except DbkitError as error:
+        raise DbkitError(str(error).replace(mask.name, name, 1)) from error
+    # Sizes may differ, and at one scale shapes by a pixel's rounding.
+    if abs(size[0] * grey.height - size[1] * grey.width) > max(*size, *grey.size):
+        raise DbkitError(
+            f"{name} is {grey.width} x {grey.height} and {path.name} {size[0]} x {size[1]}, which is another shape; "
+            "make the mask anew"
+        )
+    if grey.getextrema()[1] == 0:
+        what = "transparent" if mask == path else "black"
+        raise DbkitError(
+            f"{name} is {what} all over, so nothing of the picture would count; take it out, or mask what is to be "
+            "learnt in white"
+        )
+    return mask, grey
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -213,6 +245,11 @@ def render(image: Image.Image, size: tuple[int, int], view: View = View()) -> Im
     if view.contrast != 1:
         seen = ImageEnhance.Contrast(seen).enhance(view.contrast)
     return ImageOps.mirror(seen) if view.flip else seen
+
+
+def render_mask(mask: Image.Image, size: tuple[int, int], view: View) -> Image.Image:
+    """What a view shows of an image's mask."""
+    return render(mask, size, dataclasses.replace(view, brightness=1, contrast=1))
 
 
 def crop_of(

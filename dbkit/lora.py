@@ -7,6 +7,7 @@ A layer with weight W computes (W + alpha / rank * up @ down) x. Layers have koh
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from dbkit.models import (
     save_models,
     save_tensors,
 )
-from dbkit.settings import configured_by, field_type, is_path, plain
+from dbkit.settings import coerce, configured_by, field_type, is_path, plain
 from dbkit.text import encode_prompts, tokenize
 
 if TYPE_CHECKING:
@@ -234,8 +235,8 @@ def read_lora(path: Path) -> dict[str, Adapter]:
         raise DbkitError(f"{path} is damaged or no .safetensors file ({error}); download or copy it again") from error
     downs, ups, alphas, others = {}, {}, {}, []
     for name, tensor in tensors.items():
-        if match := _WEIGHT.fullmatch(name):
-            (downs if match[2] in ("down", "A") else ups)[_from_any_spelling(match[1])] = tensor
+        if (match := _WEIGHT.fullmatch(name)) and tensor.ndim > 1 and tensor.numel():
+            (downs if match[2] in ("down", "A") else ups)[_from_any_spelling(match[1])] = tensor.float()
         elif name.endswith(".alpha") and tensor.numel() == 1:
             alphas[_from_any_spelling(name.removesuffix(".alpha"))] = float(tensor)
         else:
@@ -243,10 +244,18 @@ def read_lora(path: Path) -> dict[str, Adapter]:
     others += sorted(downs.keys() ^ ups.keys())
     if others or not downs:
         raise DbkitError(f"{path} is no plain LoRA{f'; it has {some(others)}' if others else ''}; choose another file")
-    return {
+    adapters = {
         name: Adapter(down, ups[name], alphas.get(name, _noted_alpha(noted, name, len(down))))
         for name, down in downs.items()
     }
+    odd = [name for name, (down, up, alpha) in adapters.items() if not _finite(down, up, alpha)]
+    if odd:
+        raise DbkitError(f"{path} has weights that are not numbers ({some(odd)}); choose another file")
+    return adapters
+
+
+def _finite(down: torch.Tensor, up: torch.Tensor, alpha: float) -> bool:
+    return bool(down.isfinite().all()) and bool(up.isfinite().all()) and math.isfinite(alpha)
 
 
 def _from_any_spelling(name: str) -> str:
@@ -261,10 +270,12 @@ def _from_any_spelling(name: str) -> str:
 def _noted_alpha(noted: dict[str, Any], name: str, rank: int) -> float:
     """The alpha of a layer by the metadata of files that diffusers wrote, else its rank."""
     part = next((part for part, prefix in _PREFIXES.items() if name.startswith(prefix)), "")
-    for pattern, alpha in (noted.get(f"{part}.alpha_pattern") or {}).items():
-        if name.endswith("_" + pattern.replace(".", "_")):
-            return alpha
-    return noted.get(f"{part}.lora_alpha", rank)
+    try:
+        alphas = noted.get(f"{part}.alpha_pattern") or {}
+        fitting = [alpha for pattern, alpha in alphas.items() if name.endswith("_" + pattern.replace(".", "_"))]
+        return float(fitting[0] if fitting else noted.get(f"{part}.lora_alpha", rank))
+    except (AttributeError, TypeError, ValueError):
+        return math.nan
 
 
 def _fitted(models: Models, path: Path) -> list[tuple[str, str, torch.nn.Module, Adapter]]:
@@ -294,8 +305,6 @@ def _fitted(models: Models, path: Path) -> list[tuple[str, str, torch.nn.Module,
 
 def _fits(down: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether up @ down has the size of the weight; 1 x 1 convolutions may be written as matrices."""
-    if down.ndim < 2 or up.ndim < 2:
-        return False
     return down[0].numel() == weight[0].numel() and up.flatten(1).shape == (len(weight), len(down))
 
 
@@ -324,31 +333,52 @@ def merge_lora(models: Models, path: Path, scale: float = 1.0) -> None:
 
     with torch.no_grad():
         for _, _, layer, (down, up, alpha) in _fitted(models, path):
-            change = up.float().flatten(1) @ down.float().flatten(1)
+            change = up.flatten(1) @ down.flatten(1)
             layer.weight += scale * alpha / len(down) * change.reshape(layer.weight.shape)
 
 
 def find_source(model: str | Path, lora: Path | None = None) -> Source:
     """What to load for a model and maybe a LoRA; the folder or file of a LoRA run's result finds its base by itself."""
     if lora:
-        return Source(str(model), lora_file(lora))
+        # On another model too a LoRA is read as it was trained.
+        trained = _note(lora)[0] if (_home(lora) / LORA_BASE).is_file() else Source("")
+        return Source(
+            str(model),
+            lora_file(lora),
+            clip_skip=trained.clip_skip,
+            rescale_zero_terminal_snr=trained.rescale_zero_terminal_snr,
+        )
     return noted_source(Path(model)) if (_home(Path(model)) / LORA_BASE).is_file() else Source(str(model))
 
 
 def noted_source(lora: Path) -> Source:
     """A LoRA and the base it was trained on, by the note beside it. Raises DbkitError unless that is as it was."""
+    source, wanted = _note(lora)
+    name = source.pretrained_model_name_or_path
+    if fingerprint(name, source.revision) != wanted:
+        raise DbkitError(f"the model {name} that {lora} was trained on is not there, or has changed; {_instead(lora)}")
+    return source
+
+
+def _instead(lora: Path) -> str:
+    return f"dbkit merge {lora} FOLDER --pretrained_model_name_or_path MODEL makes a whole model with one you choose"
+
+
+def _note(lora: Path) -> tuple[Source, str]:
+    """What is noted beside a LoRA, and the fingerprint of its base."""
     path = _home(lora) / LORA_BASE
-    instead = f"dbkit merge {lora} FOLDER --pretrained_model_name_or_path MODEL makes a whole model with one you choose"
     try:
         noted = json.loads(path.read_text(encoding="utf-8"))
         wanted = noted.pop("fingerprint")
-        source = Source(lora=lora_file(lora), **noted)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise DbkitError(f"there is no readable {path}, which says what model {lora} belongs to; {instead}") from error
-    name = source.pretrained_model_name_or_path
-    if fingerprint(name, source.revision) != wanted:
-        raise DbkitError(f"the model {name} that {lora} was trained on is not there, or has changed; {instead}")
-    return source
+        known = {name: coerce(value, field_type(TrainConfig, name)) for name, value in noted.items()}
+        return Source(lora=lora_file(lora), **known), wanted
+    except OSError as error:
+        raise DbkitError(f"there is no {path}, which says what model {lora} belongs to; {_instead(lora)}") from error
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DbkitError(
+            f"{path}, which says what model {lora} belongs to, is damaged; copy it again, or delete it and name the "
+            "model yourself"
+        ) from error
 
 
 def _home(lora: Path) -> Path:

@@ -51,6 +51,7 @@ class Facts:
     resolution: int
     prediction_type: str
     text_layers: int
+    inpaints: bool = False
 
     @property
     def size_factor(self) -> int:
@@ -80,7 +81,8 @@ class Models:
         """The same facts that model_facts() reads from a folder."""
         side = self.unet.config.sample_size * self.vae_scale_factor
         layers = self.text_encoder.config.num_hidden_layers
-        return Facts(self.vae_scale_factor, side, self.noise_scheduler.config.prediction_type, layers)
+        prediction_type = self.noise_scheduler.config.prediction_type
+        return Facts(self.vae_scale_factor, side, prediction_type, layers, self.inpaints)
 
     @property
     def inpaints(self) -> bool:
@@ -118,10 +120,10 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
         )
     vae, unet, scheduler, text = (read_config(folder, part) for part in ("vae", "unet", "scheduler", "text_encoder"))
     try:
-        _inpaints(unet, vae)
+        inpaints = _inpaints(unet, vae)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
         prediction_type, layers = scheduler.get("prediction_type", "epsilon"), text.get("num_hidden_layers", 12)
-        facts = Facts(factor, unet["sample_size"] * factor, prediction_type, layers)
+        facts = Facts(factor, unet["sample_size"] * factor, prediction_type, layers, inpaints)
     except (KeyError, TypeError) as error:
         raise DbkitError(
             f"the settings of {folder} are not those of a model ({error}); copy the model again"

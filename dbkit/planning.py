@@ -33,9 +33,15 @@ if TYPE_CHECKING:
     import torch
 
 
+_REST_AFTER = "last step of the text encoder"
+
+
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run will do, found out without loading a model: its data, its steps, and where it goes on from."""
+    """What a run will do, found out without loading a model: its data, its steps, and where it goes on from.
+
+    rest_after is the last step in which the text encoder is trained, 0 if it never is.
+    """
 
     concepts: list[Concept]
     instance: list[Example]
@@ -47,6 +53,7 @@ class RunPlan:
     saved: Checkpoint | None
     identity: dict[str, Any]
     optimizer_library: str
+    rest_after: int
 
 
 def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
@@ -55,6 +62,11 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     check_resolution(config.resolution, facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)
     check_clip_skip(config.clip_skip, facts and facts.text_layers)
+    if facts and not facts.inpaints and config.inpainting_masks != TrainConfig.inpainting_masks:
+        raise DbkitError(
+            f"inpainting_masks has no effect on {config.pretrained_model_name_or_path}, which is no inpainting model; "
+            "leave it out"
+        )
     if config.use_aspect_ratio_bucket:
         _check_buckets(config, facts)
     if run.is_dir() and list_images(run) and not (run / "settings.yaml").exists():
@@ -87,7 +99,21 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     done = check_same_run(saved, identity, run)
     if 0 < done < total:
         print(f"continuing after step {done}")
-    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library)
+    rest_after = _rest_after(config, max(total, done), saved)
+    if rest_after:
+        identity[_REST_AFTER] = rest_after
+    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library, rest_after)
+
+
+def _rest_after(config: TrainConfig, total: int, saved: Checkpoint | None) -> int:
+    """The last step in which the text encoder is trained: the last of all, a part of the total, or as it is given."""
+    if not config.train_text_encoder:
+        return 0
+    stop = config.stop_text_encoder_training or total
+    if stop >= 1:
+        return int(stop)
+    # Of a run that is trained further it is a part of the first total: what rests already must not begin anew.
+    return saved.facts.get(_REST_AFTER, 0) if saved else max(1, round(stop * total))
 
 
 def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:

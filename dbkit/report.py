@@ -50,6 +50,8 @@ class Kept:
     faceless: bool = False
     # Changed by hand since dbkit wrote it, and so left as it is; sha256 is still that of what dbkit wrote.
     retouched: bool = False
+    # That of the mask as dbkit wrote it, by which one that was drawn or changed by hand is known.
+    mask_sha256: str = ""
 
 
 @dataclass(frozen=True)

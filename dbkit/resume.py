@@ -12,6 +12,7 @@ from dbkit.checkpoint import Checkpoint, newest_valid
 from dbkit.errors import DbkitError
 from dbkit.examples import Example, fingerprint
 from dbkit.settings import plain
+from dbkit.tokenizer import tokenizer_fingerprint
 from dbkit.train_config import TrainConfig
 
 
@@ -33,6 +34,7 @@ def identity_of(
         "settings": {**settings, "optimizer": config.chosen_optimizer, "library of the optimizer": library, **shared},
         "pretrained_model_name_or_path": models.fingerprint(config.pretrained_model_name_or_path, config.revision),
         "pretrained_vae_name_or_path": models.vae_fingerprint(config.pretrained_vae_name_or_path),
+        "tokenizer_name": tokenizer_fingerprint(config.tokenizer_name),
         "instance images or captions": fingerprint(instance),
         "class images": fingerprint(class_set),
         "weights of the concepts": list(weights),

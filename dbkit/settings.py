@@ -26,8 +26,8 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
 
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
-    between the sessions of one run), needs (the setting without which this one has no effect, "name", or
-    "name=value"), auto (the word auto may stand for the value, which is then chosen when the function runs), secret
+    between the sessions of one run), needs (the setting without which this one has no effect, "name", "name=value" or
+    "name|other"), auto (the word auto may stand for the value, which is then chosen when the function runs), secret
     (never saved or shown).
     """
     options = {"metadata": {"help": help, **facts}, "repr": not facts.get("secret")}
@@ -247,7 +247,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 def without_effect(config: Settings) -> list[str]:
     """Settings that were given although what they need is off."""
     return [
-        f"{field.name} has no effect without {needs.replace('=', ' ')}; turn that on or leave {field.name} out"
+        f"{field.name} has no effect without {_words(needs)}; turn that on or leave {field.name} out"
         for field in dataclasses.fields(config)
         if (needs := field.metadata.get("needs"))
         if getattr(config, field.name) != field.default and not is_on(config, needs)
@@ -255,10 +255,16 @@ def without_effect(config: Settings) -> list[str]:
 
 
 def is_on(config: Settings, needs: str) -> bool:
-    """Whether a setting is on, "name", or has a certain value, "name=value"."""
-    name, _, wanted = needs.partition("=")
-    value = getattr(config, name)
-    return value == wanted if wanted else value not in (False, None, 0, "none")
+    """Whether a setting is on, "name", or has a certain value, "name=value", or one of several is on, "name|other"."""
+    if "=" in needs:
+        name, _, wanted = needs.partition("=")
+        return getattr(config, name) == wanted
+    return any(getattr(config, name) not in (False, None, 0, "none") for name in needs.split("|"))
+
+
+def _words(needs: str) -> str:
+    *others, last = needs.replace("=", " ").split("|")
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def closest(name: str, names: typing.Iterable[str]) -> str:

@@ -79,7 +79,8 @@ def look_through(folder: Path) -> Source:
                 _sort(path, name_of(path), found, texts)
     pictures = {path.with_suffix("") for path in found.images}
     # A mask is no picture to learn: it comes along with the one that it belongs to.
-    found.images[:] = [p for p in found.images if p.parent.name != "masks" or p.parents[1] / p.stem not in pictures]
+    masked = pictures | set(found.images)
+    found.images[:] = [p for p in found.images if p.parent.name != "masks" or p.parents[1] / p.stem not in masked]
     found.images.sort(key=name_of)
     named = {path.with_suffix("") for path in found.images} | set(found.images)
     for path in texts:

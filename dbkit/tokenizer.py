@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -40,6 +41,16 @@ def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:
     options |= hub_options(name, revision=revision)
     with loading(name):
         return clip_tokenizer(name, subfolder="tokenizer", **options)
+
+
+def tokenizer_fingerprint(name: str | None) -> str | None:
+    """What tells one tokenizer from another: for a folder a hash of its files, else its id."""
+    if not name or not Path(name).is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".json", ".txt")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def clip_tokenizer(name: str | Path, **options: Any) -> CLIPTokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +71,8 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
-    on_main(replace(config, start_over=False).save, run / "settings.yaml")
+    # The same goes for the place that a launcher gave this process.
+    on_main(replace(config, start_over=False, local_rank=-1).save, run / "settings.yaml")
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
@@ -84,7 +84,6 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
 
     # 3. Cache: images are encoded once, and the text of an encoder that is not trained; then both leave the device.
     pools = _make_pools(config, models, plan, device)
-    rest_after = stop_step(config, total)
     commit_of = functools.partial(_commit, run, config, plan.identity, state)
     preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
@@ -96,7 +95,7 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
     with stop_requests() as stop, out_of_memory_is_a_sentence():
         for step in range(done + 1, total + 1):
-            if step > rest_after and pools[0].text_is_trained:
+            if step > plan.rest_after and pools[0].text_is_trained:
                 pools = rest_text_encoder(state, pools)
             rate = learning_rate(step - 1)
             losses, grad_norm = train_step(state, pools, plan.order, config, step, rate)
@@ -183,14 +182,6 @@ def _load(config: TrainConfig) -> Models:
     check_resolution(config.resolution, models.facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, models.facts)
     return models
-
-
-def stop_step(config: TrainConfig, total: int) -> int:
-    """The last step in which the text encoder is trained: 0 if it never is, a fraction of the total, or a step."""
-    if not config.train_text_encoder:
-        return 0
-    stop = config.stop_text_encoder_training or total
-    return math.ceil(stop * total) if stop < 1 else int(stop)
 
 
 def _require_run_space(run: Path, config: TrainConfig, state: State) -> None:

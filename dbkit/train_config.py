@@ -69,6 +69,7 @@ class TrainConfig(Settings):
         max=100,
         fixed=True,
         advanced=True,
+        needs="with_prior_preservation",
     )
     use_txt_as_label: bool = setting(
         False, "each image's prompt is the .txt file of its name (dog.txt or dog.png.txt)", fixed=True
@@ -106,6 +107,7 @@ class TrainConfig(Settings):
         min=0,
         fixed=True,
         advanced=True,
+        needs="shuffle_tags|tag_dropout",
     )
     caption_variants: int = setting(
         8,
@@ -114,6 +116,7 @@ class TrainConfig(Settings):
         max=64,
         fixed=True,
         advanced=True,
+        needs="shuffle_tags|tag_dropout",
     )
     resolution: int = setting(
         512,
@@ -211,6 +214,7 @@ class TrainConfig(Settings):
         max=64,
         fixed=True,
         advanced=True,
+        needs="augment_rotation|augment_brightness|augment_contrast|augment_crop",
     )
     train_text_encoder: bool = setting(
         False, "also train the text encoder: better likeness, more memory, easier to overdo", fixed=True
@@ -495,7 +499,7 @@ class TrainConfig(Settings):
     )
     revision: str | None = setting(None, "branch, tag or commit of a Hugging Face model", advanced=True, fixed=True)
     tokenizer_name: str | None = setting(
-        None, "tokenizer folder or Hugging Face id, if not the base model's", advanced=True, fixed=True
+        None, "tokenizer folder or Hugging Face id, if not the base model's", advanced=True
     )
     clip_skip: int | None = setting(
         None,

@@ -12,8 +12,9 @@ import yaml
 from conftest import draw_photo
 
 from dbkit import DbkitError, TrainConfig, embedded, train
-from dbkit.auto import USABLE, Machine, choose, machine_of, memory
+from dbkit.auto import STATE, UNET, USABLE, Machine, choose, machine_of, memory
 from dbkit.cli import _parse
+from dbkit.optimizers import state_bytes
 from dbkit.settings import AUTO
 
 T4 = Machine("Tesla T4", 15.6, "fp16", True)
@@ -131,6 +132,16 @@ def test_class_images_are_for_each_class_and_steps_for_all_concepts():
 def test_the_estimate_of_memory_is_near_the_published_figures(dtype, batch, passes, checkpointing, eight, published):
     machine = dataclasses.replace(T4, dtype=dtype)
     assert memory(made(**PRIOR), machine, batch, passes, checkpointing, eight)[0] == pytest.approx(published, rel=0.1)
+
+
+def test_each_optimizer_has_its_own_state():
+    """Where the end of the backward pass is the peak, two optimizers differ by their states alone."""
+    need = {name: memory(made(optimizer=name), T4, 1, 1, True, False)[0] for name in STATE if name != "adamw8bit"}
+    need["adamw8bit"] = memory(made(), T4, 1, 1, True, True)[0]
+    weight = torch.empty(1024, 1024, device="meta")
+    for name, size in need.items():
+        state = state_bytes(name, [weight]) / weight.numel()
+        assert size - need["adamw"] == pytest.approx(UNET * (state - 8), abs=0.1)
 
 
 def test_larger_pictures_in_buckets_count():

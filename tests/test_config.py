@@ -239,14 +239,16 @@ def test_a_setting_that_would_have_no_effect_is_refused_and_what_it_needs_is_the
     kind = kind if typing.get_origin(kind) is typing.Literal else (typing.get_args(kind) or (kind,))[0]
     values = {float: 0.3, int: 64, str: "{PROMPT} {TXT_PROMPT}", Path: Path("elsewhere"), bool: not field.default}
     other = values[kind] if kind in values else typing.get_args(kind)[-1]
-    needed, _, value = field.metadata["needs"].partition("=")
+    first, *more = field.metadata["needs"].split("|")
+    needed, _, value = first.partition("=")
     needed_field = next(field for field in dataclasses.fields(TrainConfig) if field.name == needed)
     with pytest.raises(DbkitError) as caught:
         made(**{name: other})
-    without = f"{name} has no effect without {needed}{' ' * bool(value)}{value}; turn that on or leave {name} out"
-    assert without in str(caught.value)
+    words = f"{needed} {value}".strip() + "".join(f"{' or ' if n == more[-1] else ', '}{n}" for n in more)
+    assert f"{name} has no effect without {words}; turn that on or leave {name} out" in str(caught.value)
     others = {"class_prompt": "photo of a dog"} if needed == "with_prior_preservation" else {}
-    choice = value or (True if needed_field.default is False else "tensorboard")
+    others |= {"instance_prompt": None, "use_txt_as_label": True} if needed == "shuffle_tags" else {}
+    choice = value or {bool: True, float: 0.1}.get(type(needed_field.default), "tensorboard")
     assert made(**{**others, needed: choice, name: other})
 
 

@@ -655,6 +655,79 @@ def test_masks_come_along_with_the_same_cut(tmp_path):
     assert [path.name for path in (tmp_path / "out" / "masks").iterdir()] == ["two.png"]
 
 
+def masked_source(folder) -> Path:
+    """Two photographs of one stem, each with a mask of its own."""
+    for suffix, colour in (("jpg", "teal"), ("png", "crimson")):
+        draw_photo(folder / f"one.{suffix}", size=(64, 64), colour=colour)
+    draw_photo(folder / "masks" / "one.jpg.png", size=(64, 64), colour="black")
+    draw_photo(folder / "masks" / "one.png.png", size=(64, 64), colour="gray")
+    return folder
+
+
+def test_masks_of_pictures_of_one_stem_are_told_apart_and_are_no_pictures(tmp_path):
+    source = masked_source(tmp_path / "source")
+    report = prepare_dataset(source, tmp_path / "out", resolution=32)
+    assert [kept.source for kept in report.kept] == ["one.jpg", "one.png"]
+    darkest = {path.name: Image.open(path).getextrema()[0] for path in (tmp_path / "out" / "masks").iterdir()}
+    assert darkest["one.png"] < 20 and darkest["one-png.png"] > 100
+
+
+def test_masks_drawn_or_edited_by_hand_stay(tmp_path):
+    source, out = masked_source(tmp_path / "source"), tmp_path / "out"
+    draw_photo(source / "two.png", size=(64, 64), colour="gold")
+    prepare_dataset(source, out, resolution=32)
+    edited, drawn = out / "masks" / "one.png", out / "masks" / "two.png"
+    for path in (edited, drawn):
+        Image.new("L", (32, 32), 200).save(path)
+    before = edited.read_bytes()
+    # The source's masks change or go, a mask comes where one was drawn, and its photograph goes.
+    (source / "masks" / "one.png.png").unlink()
+    draw_photo(source / "masks" / "two.png", size=(64, 64), colour="black")
+    for _ in range(2):
+        prepare_dataset(source, out, resolution=32)
+        assert edited.read_bytes() == drawn.read_bytes() == before
+        assert not (out / "masks" / "one-png.png").exists()
+    for name in ("one.jpg", "two.png"):
+        (source / name).unlink()
+    prepare_dataset(source, out, resolution=32)
+    assert edited.read_bytes() == drawn.read_bytes() == before
+
+
+def test_a_head_is_cut_with_its_mask_and_a_background_has_none(tmp_path):
+    image = portrait((400, 300), (60, 90, 80))
+    (tmp_path / "source" / "masks").mkdir(parents=True)
+    image.save(tmp_path / "source" / "one.png")
+    face = Image.new("L", image.size)
+    face.paste(255, (60, 90, 140, 170))
+    face.save(tmp_path / "source" / "masks" / "one.png")
+    prepare(tmp_path / "source", tmp_path / "out", head_crops=True, background_caption="photo of a room")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "one-background.png",
+        "one-head.png",
+        "one.png",
+    ]
+    masks = {path.name: np.asarray(Image.open(path)).mean() for path in (tmp_path / "out" / "masks").iterdir()}
+    # The face is a larger part of the head than of the whole.
+    assert masks.keys() == {"one.png", "one-head.png"} and masks["one-head.png"] > 2 * masks["one.png"]
+
+
+def test_a_mask_that_changes_in_the_source_changes_in_the_destination(tmp_path):
+    source, out = masked_source(tmp_path / "source"), tmp_path / "out"
+    prepare_dataset(source, out, resolution=32)
+    before = (out / "masks" / "one.png").read_bytes()
+    draw_photo(source / "masks" / "one.jpg.png", size=(64, 64), colour="gray")
+    prepare_dataset(source, out, resolution=32)
+    assert (out / "masks" / "one.png").read_bytes() != before
+
+
+def test_a_picture_whose_mask_cannot_be_used_is_refused(tmp_path):
+    source = masked_source(tmp_path / "source")
+    draw_photo(source / "masks" / "one.png.png", size=(96, 64))
+    report = prepare_dataset(source, tmp_path / "out", resolution=32)
+    assert [kept.source for kept in report.kept] == ["one.jpg"]
+    assert "masks/one.png.png is 96 x 64 and one.png 64 x 64, which is another shape" in report.refused["one.png"]
+
+
 def test_a_folder_of_masks_without_their_images_is_a_folder_of_pictures(tmp_path):
     draw_photo(tmp_path / "source" / "masks" / "venice.png")
     assert len(prepare_dataset(tmp_path / "source", tmp_path / "out").kept) == 1

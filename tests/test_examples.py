@@ -11,7 +11,7 @@ from PIL import Image
 from dbkit import DbkitError, TrainConfig, prepare_dataset
 from dbkit.concepts import concepts_of
 from dbkit.examples import class_examples, describe, fingerprint, instance_examples
-from dbkit.images import list_images
+from dbkit.images import list_images, render_mask
 from dbkit.report import DatasetReport, Kept, write_report
 from dbkit.settings import replace
 
@@ -193,5 +193,36 @@ def test_masks_that_are_missing_or_do_not_fit_are_refused(config, photos):
     with pytest.raises(DbkitError, match=expected):
         instance_examples(masked, concepts_of(masked))
     draw_photo(photos / "masks" / "gold.png", size=(80, 96))
-    with pytest.raises(DbkitError, match=r"1 masks have another shape than their images \(gold.png\); make them anew"):
+    Image.new("L", (96, 80)).save(photos / "masks" / "teal.png")
+    (photos / "masks" / "crimson.png").write_bytes(b"no picture")
+    with pytest.raises(DbkitError, match=r"^3 of 3 masks are not usable: masks/crimson.png cannot be read") as caught:
         instance_examples(masked, concepts_of(masked))
+    assert "masks/gold.png is 80 x 96 and gold.png 96 x 80, which is another shape; make the mask" in str(caught.value)
+    assert "masks/teal.png is black all over, so nothing of the picture would count; take it out" in str(caught.value)
+
+
+def test_a_picture_that_is_transparent_all_over_is_no_mask(config, photos):
+    Image.new("RGBA", (96, 80)).save(photos / "gold.png")
+    masked = replace(config, masked_loss=True)
+    with pytest.raises(DbkitError, match=r"gold.png is transparent all over, so nothing of the picture would count"):
+        instance_examples(masked, concepts_of(masked))
+
+
+def test_views_that_show_nothing_of_the_mask_are_left_out(config, photos):
+    mask = Image.new("L", (96, 80))
+    mask.paste(255, (0, 0, 12, 80))
+    (photos / "masks").mkdir()
+    mask.save(photos / "masks" / "gold.png")
+    # The middle square of a wide picture begins at 8; crops of 0.4 of it mostly lie further right.
+    masked = replace(config, masked_loss=True, augment_crop=0.6, augment_variants=16)
+    by_name = {example.path.name: example for example in instance_examples(masked, concepts_of(masked))}
+    gold, teal = by_name["gold.png"], by_name["teal.png"]
+    assert len(teal.views) == 16 and 1 <= len(gold.views) < 16
+    seen = [render_mask(mask, gold.size, view).getextrema()[1] for view in gold.views]
+    assert min(seen) > 0
+    mask.paste(0, (0, 0, 12, 80))
+    mask.paste(255, (0, 0, 4, 80))
+    mask.save(photos / "masks" / "gold.png")
+    with pytest.raises(DbkitError, match=r"the crop of gold.png shows nothing of what its mask does; set use_aspect"):
+        plain = replace(config, masked_loss=True)
+        instance_examples(plain, concepts_of(plain))

@@ -266,6 +266,8 @@ def test_a_mask_lies_beside_the_image_or_in_its_transparency(tmp_path):
     assert mask_of(tmp_path / "opaque.png") is None
     assert mask_of(tmp_path / "masked.jpg") == tmp_path / "masks" / "masked.png"
     assert mask_of(tmp_path / "clear.png") == tmp_path / "clear.png"
+    (tmp_path / "masks" / "masked.jpg.png").write_bytes((tmp_path / "masks" / "masked.png").read_bytes())
+    assert mask_of(tmp_path / "masked.jpg") == tmp_path / "masks" / "masked.jpg.png"
     for path in (tmp_path / "clear.png", tmp_path / "masks" / "masked.png"):
         assert (pixels(read_mask(path)) == pixels(opacity)).all()
 

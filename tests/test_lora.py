@@ -29,6 +29,7 @@ from dbkit.lora import (
     lora_file,
     lora_layers,
     merge_lora,
+    noted_source,
     read_lora,
     save_lora,
 )
@@ -479,10 +480,19 @@ def renamed(old, new):
         ),
         (
             lambda tensors: {n: t.flatten() for n, t in tensors.items()},
-            r"is \(256,\) and \(256,\) for a layer of \(64, 64\)",
+            "is no plain LoRA; it has lora_te",
+        ),
+        (lambda tensors: {n: t[:0] for n, t in tensors.items() if t.ndim}, "is no plain LoRA; it has lora_te"),
+        (
+            lambda tensors: {n: t * float("nan") if "attn1_to_q.lora_up" in n else t for n, t in tensors.items()},
+            r"has weights that are not numbers \(lora_unet_.*attn1_to_q",
+        ),
+        (
+            lambda tensors: {n: t * float("inf") if "attn1_to_q.alpha" in n else t for n, t in tensors.items()},
+            r"has weights that are not numbers \(lora_unet_.*attn1_to_q",
         ),
     ],
-    ids=["te2", "original names", "LoHa", "embedding", "alphas", "empty", "half a pair", "widths", "vectors"],
+    ids=["te2", "names", "LoHa", "embedding", "alphas", "empty", "half", "widths", "vectors", "nothing", "nan", "inf"],
 )
 def test_a_file_that_is_none_of_this_model_is_refused(model, file, change, sentence, put):
     models = load_models(model)
@@ -496,6 +506,16 @@ def test_a_damaged_file_is_refused(models, tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"no tensors")
     with pytest.raises(DbkitError, match=r"lora.safetensors is damaged or no .safetensors file"):
         merge_lora(models, tmp_path / "lora.safetensors")
+
+
+@pytest.mark.parametrize(
+    "noted", ["[]", '{"unet.lora_alpha": "much"}', '{"unet.alpha_pattern": [1]}', '{"unet.lora_alpha": NaN}']
+)
+def test_a_file_with_odd_metadata_is_refused(file, noted):
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.endswith(".alpha")}
+    save_file(tensors, file, metadata={"lora_adapter_metadata": noted})
+    with pytest.raises(DbkitError, match="has weights that are not numbers"):
+        read_lora(file)
 
 
 # What a run's folder is good for.
@@ -599,9 +619,37 @@ def test_a_base_that_has_changed_or_gone_is_said(lora, copied):
     shutil.rmtree(copied)
     with pytest.raises(DbkitError, match=sentence):
         find_source(made)
-    (made / "lora.json").write_text("{")
-    with pytest.raises(DbkitError, match=r"there is no readable .*lora.json, which says what model .* belongs to"):
-        find_source(made)
+    (made / "lora.json").unlink()
+    with pytest.raises(DbkitError, match=r"there is no .*lora.json, which says what model .* belongs to; dbkit merge"):
+        noted_source(made)
+
+
+@pytest.mark.parametrize(
+    "change", ["{", "[]", {"fingerprint": None}, {"clip_skip": "two"}, {"lora": "x"}, {"revision": []}]
+)
+def test_a_damaged_note_is_said(lora, change):
+    made = train(lora)
+    noted = json.loads((made / "lora.json").read_text())
+    if isinstance(change, dict):
+        noted |= change
+        if change == {"fingerprint": None}:
+            del noted["fingerprint"]
+    (made / "lora.json").write_text(change if isinstance(change, str) else json.dumps(noted))
+    for asked in ((made,), (lora.pretrained_model_name_or_path, made)):
+        with pytest.raises(
+            DbkitError, match=r"lora.json, which says what model .* belongs to, is damaged; copy it again"
+        ):
+            find_source(*asked)
+
+
+def test_a_lora_on_a_model_given_by_hand_is_read_as_it_was_trained(lora, v_model, copied):
+    made = train(lora, pretrained_model_name_or_path=str(v_model), clip_skip=2, rescale_zero_terminal_snr=True)
+    source = find_source(copied, made)
+    assert source.pretrained_model_name_or_path == str(copied) and source.revision is None
+    assert source.clip_skip == 2 and source.rescale_zero_terminal_snr
+    # A file alone says nothing of it.
+    alone = shutil.copy(source.lora, copied / "alone.safetensors")
+    assert find_source(copied, alone).clip_skip is None
 
 
 def test_a_lora_is_no_base_model(lora):

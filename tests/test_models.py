@@ -34,8 +34,9 @@ def change_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_model_folder_tells_its_facts(model, v_model):
+def test_a_model_folder_tells_its_facts(model, v_model, inpainting_model):
     assert model_facts(model) == Facts(vae_scale_factor=8, resolution=64, prediction_type="epsilon", text_layers=2)
+    assert not model_facts(model).inpaints and model_facts(inpainting_model).inpaints
     assert model_facts(v_model).prediction_type == "v_prediction"
     assert load_models(model).facts == model_facts(model)
 

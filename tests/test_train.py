@@ -26,6 +26,7 @@ from dbkit import DbkitError, TrainConfig, train
 from dbkit.checkpoint import find_fault
 from dbkit.models import WEIGHTS, load_models, read_weights
 from dbkit.optimizers import LIBRARIES
+from dbkit.planning import _rest_after
 from dbkit.settings import replace
 from dbkit.text import clip_skip_of
 
@@ -604,11 +605,27 @@ def test_another_model_does_not_continue_a_run(config, model, tmp_path):
 
 
 def test_moved_data_and_models_continue_a_run(config, model, photos, tmp_path):
-    train(config, max_train_steps=1)
+    tokenizer = shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
+    made = train(config, max_train_steps=1, tokenizer_name=str(tokenizer))
+    # Where it lay is nobody's business who gets the model.
+    assert str(tmp_path) not in (made / "manifest.json").read_text()
     moved = shutil.copytree(model, tmp_path / "moved")
     photos.rename(tmp_path / "elsewhere")
-    train(config, pretrained_model_name_or_path=str(moved), instance_data_dir=tmp_path / "elsewhere")
+    shutil.rmtree(tokenizer)
+    places = {"pretrained_model_name_or_path": str(moved), "instance_data_dir": tmp_path / "elsewhere"}
+    train(config, **places, tokenizer_name=str(moved / "tokenizer"))
     assert [line["step"] for line in log_of(config.output_dir)] == [1, 2]
+    with (moved / "tokenizer" / "vocab.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(DbkitError, match="do not continue: tokenizer_name differ"):
+        train(config, **places, tokenizer_name=str(moved / "tokenizer"), max_train_steps=3)
+
+
+def test_hidden_parts_are_of_inpainting_models_alone(config):
+    with pytest.raises(
+        DbkitError, match=r"inpainting_masks has no effect on .*, which is no inpainting model; leave it"
+    ):
+        train(config, inpainting_masks=3)
 
 
 # What is wrong is said before the model is loaded.
@@ -809,6 +826,20 @@ def test_the_text_encoder_rests_after_its_last_step(settings, tmp_path, stop):
     moments = torch.load(next((run / "resume").iterdir()) / "optimizer.pt", weights_only=True)["state"]
     # What the optimizer knew of it is gone; the U-Net's comes first.
     assert set(moments) == set(range(len(unet_at_two)))
+
+
+def test_a_part_of_all_steps_stays_that_of_the_first_total(settings, tmp_path):
+    settings = {**settings, "train_text_encoder": True, "learning_rate": 1e-3, "stop_text_encoder_training": 0.55}
+    at_two = read_weights(train(**settings, use_ema=True), "text_encoder")
+    assert_equal(read_weights(train(**{**settings, "max_train_steps": 4}, use_ema=True), "text_encoder"), at_two)
+
+
+@pytest.mark.parametrize(
+    ("stop", "total", "expected"), [(0.55, 100, 55), (0.5, 3, 2), (0.001, 10, 1), (7, 10, 7), (None, 9, 9)]
+)
+def test_the_last_step_of_the_text_encoder(config, stop, total, expected):
+    config = replace(config, train_text_encoder=True, stop_text_encoder_training=stop)
+    assert _rest_after(config, total, None) == expected
 
 
 def test_what_rests_keeps_its_averages_so_that_the_unet_learns_to_read_them(settings, tmp_path):
