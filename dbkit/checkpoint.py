@@ -156,17 +156,27 @@ def remove_committed(folder: Path) -> None:
 
 
 def save_state(
-    folder: Path, modules: dict[str, torch.nn.Module], others: dict[str, dict[str, Any]], prefix: str = ""
+    folder: Path,
+    modules: dict[str, torch.nn.Module],
+    others: dict[str, dict[str, Any]],
+    prefix: str = "",
+    precision: str | None = None,
 ) -> None:
-    """Write weights as they are, each module's in a file of its name after the prefix, and other states."""
+    """Write weights, in a precision or as they are, each module's in a file of its name after the prefix, and others.
+
+    Others are states that torch saves.
+    """
     import torch
     from safetensors.torch import save_file
 
-    from dbkit.models import state_dict
+    from dbkit.models import save_tensors, state_dict
 
     for part, module in modules.items():
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict(module, part).items()}
-        save_file(weights, folder / f"{prefix}{part}.safetensors")
+        path, weights = folder / f"{prefix}{part}.safetensors", state_dict(module, part)
+        if precision:
+            save_tensors(weights, path, f"the {part}", precision, {})
+        else:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
     for name, state in others.items():
         with (folder / f"{name}.pt").open("wb") as file:
             try:

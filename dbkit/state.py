@@ -16,7 +16,7 @@ from dbkit.ema import Ema
 from dbkit.errors import DbkitError
 from dbkit.lora import add_lora
 from dbkit.models import Models
-from dbkit.optimizers import load_optimizer, make_optimizer, make_scaler
+from dbkit.optimizers import from_8_bit, in_8_bit, load_optimizer, make_optimizer, make_scaler, state_bytes
 from dbkit.text import encode_prompts, unused_layers
 from dbkit.train_config import TrainConfig
 
@@ -107,18 +107,32 @@ def _check_shards(config: TrainConfig) -> None:
         "use_ema": config.use_ema,
         "adapter lora": config.adapter == "lora",
         "stop_text_encoder_training": config.train_text_encoder and bool(config.stop_text_encoder_training),
+        f"resume_state {config.resume_state}": config.resume_state != "exact",
     }
     found = [name for name, there in cannot.items() if there]
     if found:
         raise DbkitError(f"{found[0]} does not go with FSDP or DeepSpeed; leave it off, or launch without them")
 
 
-def write_state(state: State, folder: Path, optimizer: dict[str, Any]) -> None:
-    """Write into a folder everything that a run needs to go on exactly; optimizer is what gather() returned."""
-    save_state(folder, state.plain, {"optimizer": optimizer, "scaler": state.scaler.state_dict()})
+def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: TrainConfig) -> None:
+    """Write into a folder what a run needs to go on, as resume_state says; optimizer is what gather() returned."""
+    others = {"scaler": state.scaler.state_dict()}
+    if config.resume_state != "weights":
+        others["optimizer"] = in_8_bit(optimizer) if config.resume_state == "small" else optimizer
+    precision = config.save_precision if config.resume_state == "weights" else None
+    save_state(folder, state.plain, others, precision=precision)
     if state.ema:
         with state.ema.in_place():
-            save_state(folder, {part: state.trained[part] for part in state.ema.averages}, {}, _EMA)
+            averages = {part: state.trained[part] for part in state.ema.averages}
+            save_state(folder, averages, {}, _EMA, precision)
+
+
+def state_size(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> int:
+    """Bytes that write_state() takes on the disk."""
+    count = sum(parameter.numel() for parameter in parameters)
+    each = 2 if config.resume_state == "weights" and config.save_precision != "fp32" else 4
+    moments = 0 if config.resume_state == "weights" else state_bytes(config.chosen_optimizer, parameters)
+    return count * each * (2 if config.use_ema else 1) + moments // (4 if config.resume_state == "small" else 1)
 
 
 def read_state(state: State, saved: Checkpoint) -> None:
@@ -127,7 +141,8 @@ def read_state(state: State, saved: Checkpoint) -> None:
     if state.engine:
         state.engine.optimizer.refresh_fp32_params()
         others["optimizer"] = others["optimizer"]["processes"][processes.rank()]
-    load_optimizer(state.optimizer, others["optimizer"])
+    if "optimizer" in others:
+        load_optimizer(state.optimizer, from_8_bit(others["optimizer"]))
     if others["scaler"]:  # empty when the session before did not run in fp16
         state.scaler.load_state_dict(others["scaler"])
     if state.ema:

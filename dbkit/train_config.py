@@ -460,6 +460,28 @@ class TrainConfig(Settings):
         min=0,
         advanced=True,
     )
+    save_every_n_minutes: float | None = setting(
+        5.0,
+        "minutes of training between saved states to resume from, beside save_model_every_n_steps: the most that a lost connection costs; empty: only with the checkpoints",
+        above=0,
+        advanced=True,
+    )
+    resume_state: Literal["exact", "small", "weights"] = setting(
+        "exact",
+        "what a state to resume from holds. exact: all of it, 10 GB for the U-Net of Stable Diffusion 1 with AdamW, and the run that goes on is the run that would have been; small: AdamW's moments in 8 bit, 5 GB, nearly that; weights: the weights in save_precision, 2 GB, and the optimizer begins anew",
+        advanced=True,
+    )
+    session_minutes: float | None = setting(
+        None,
+        "minutes that this session has left, for instance one of Colab; it is said whether the run fits, and a state is saved shortly before they end; empty: not known",
+        above=0,
+        advanced=True,
+    )
+    local_dir: Path | None = setting(
+        None,
+        "folder on a fast disk in which the run works, while what it saves is copied to output_dir in the background; empty: /content/dbkit_runs on Colab where output_dir is on Google Drive, elsewhere output_dir itself",
+        advanced=True,
+    )
     checkpoints_total_limit: int = setting(
         3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
     )
@@ -618,6 +640,8 @@ class TrainConfig(Settings):
         return mistakes
 
     def _optimizer_mistakes(self) -> list[str]:
+        if self.resume_state == "small" and self.chosen_optimizer not in ("adamw", "lion"):
+            return [f"resume_state small is for adamw and lion; with optimizer {self.chosen_optimizer} leave it out"]
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             return [f"use_8bit_adam means adamw8bit, and optimizer is {self.optimizer}; leave one of them out"]
         unused = {"adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion": ("adam_epsilon",)}

@@ -15,6 +15,8 @@ from dbkit.checkpoint import commit, load_state, save_state
 from dbkit.optimizers import (
     LIBRARIES,
     choose_library,
+    from_8_bit,
+    in_8_bit,
     learning_rates,
     load_optimizer,
     make_optimizer,
@@ -157,6 +159,30 @@ def test_optimizer_step_equals_adamw_written_out():
             expected[n] = expected[n] * (1 - 0.1 * 0.25) - 0.1 * moment
         optimizer.step()
         assert parameter.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_moments_in_8_bit_are_near_their_own_and_a_quarter_of_the_size(tmp_path):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(300, 200))
+    optimizer = torch.optim.AdamW([weight])
+    for size in (1e-3, 1.0, 1e-6):
+        weight.grad = size * torch.randn_like(weight)
+        weight.grad[0] = 0
+        optimizer.step()
+    state = optimizer.state_dict()
+    sizes = []
+    for name, saved in (("whole", state), ("small", in_8_bit(state))):
+        torch.save(saved, tmp_path / name)
+        sizes.append((tmp_path / name).stat().st_size)
+    assert sizes[1] < 0.26 * sizes[0]
+    back = from_8_bit(torch.load(tmp_path / "small", weights_only=True))
+    assert back["param_groups"] == state["param_groups"] and back["state"][0]["step"] == state["state"][0]["step"]
+    for name in ("exp_avg", "exp_avg_sq"):
+        one, two = state["state"][0][name], back["state"][0][name]
+        assert ((one - two).abs() <= 0.07 * one.abs() + 1e-7 * one.abs().max()).all()
+        # No second moment becomes zero that was none.
+        assert ((one == 0) == (two == 0)).all() and (one[0] == 0).all()
+    assert from_8_bit(state)["state"][0]["exp_avg"] is state["state"][0]["exp_avg"]
 
 
 def test_the_text_encoder_has_its_own_part_of_the_learning_rate_also_after_a_resume():
