@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import embedded, processes
 from dbkit.concepts import concepts_of
+from dbkit.errors import counted
 from dbkit.examples import training_images
 from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
@@ -217,7 +218,7 @@ def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chos
     if _captioned(config):
         least, most = 0, MOST_CAPTIONED
     seen = min(max(100 * count, least), most)
-    why = f"{count} images x 100 times = {100 * count}, the rule of thumb"
+    why = f"{counted(count, 'image')} x 100 times = {100 * count}, the rule of thumb"
     if seen > 100 * count:
         why += f", but at least {least}" + (" with class images" if prior else "")
     elif seen < 100 * count:
@@ -256,7 +257,9 @@ def _class_images(config: TrainConfig, images: Sequence[int], machine: Machine) 
     if embedded.is_embedded(config.pretrained_model_name_or_path):
         return {"num_class_images": embedded.TRAINING["num_class_images"]}, _MEASURED
     most = max(images)
-    return {"num_class_images": min(max(10 * most, 50), 200)}, f"10 for each of {most} images, from 50 to 200"
+    return {
+        "num_class_images": min(max(10 * most, 50), 200)
+    }, f"10 for each of {counted(most, 'image')}, from 50 to 200"
 
 
 def _saves(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:

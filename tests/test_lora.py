@@ -662,5 +662,5 @@ def test_a_lora_of_a_linear_model_finds_and_fits_it(linear_models, lora, tmp_pat
 
 
 def test_settings_of_a_lora_need_a_lora(settings):
-    with pytest.raises(DbkitError, match="lora_rank has no effect without adapter lora; turn that on or leave"):
+    with pytest.raises(DbkitError, match="lora_rank has no effect without adapter lora; set adapter to lora or leave"):
         TrainConfig(**settings, lora_rank=8, lora_modules="all")
