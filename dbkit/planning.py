@@ -139,8 +139,9 @@ def _total_steps(config: TrainConfig, order: Order) -> int:
     """max_train_steps, or enough optimizer steps for num_train_epochs epochs."""
     total = config.max_train_steps or math.ceil(order.epoch_length * config.num_train_epochs / order.per_step)
     if config.lr_warmup_steps >= total:
+        steps = counted(total, "step")
         raise DbkitError(
-            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {counted(total, 'step')}; make the warm-up shorter"
+            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {steps}; make the warm-up shorter"
         )
     return total
 
