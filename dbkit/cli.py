@@ -6,10 +6,13 @@ import argparse
 import contextlib
 import dataclasses
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from dbkit import processes
 from dbkit.config import COMMANDS
 from dbkit.errors import DbkitError
 from dbkit.settings import Settings, closest, coerce, field_type, is_several, type_name
@@ -39,17 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             _hide_secrets(config)
         module, function = _FUNCTIONS[command]
-        print(getattr(importlib.import_module(module), function)(config))
+        result = getattr(importlib.import_module(module), function)(config)
+        if processes.is_main():
+            print(result)
         return 0
     except DbkitError as error:
-        print(f"dbkit: {error}", file=sys.stderr)
+        _say_mistake(str(error))
         return 2
     except OSError as error:
-        print(f"dbkit: {error}; check this path and who may write there", file=sys.stderr)
+        _say_mistake(f"{error}; check this path and who may write there")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
+        if processes.is_main():
+            print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _say_mistake(sentence: str) -> None:
+    # A mistake that all processes of a machine find is said by the first, whose end makes the launcher end the others;
+    # what one of them finds alone has to be said all the same, so it only waits for that.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    print(f"dbkit: {sentence}", file=sys.stderr)
 
 
 def _hide_secrets(config: Settings) -> None:

@@ -1,6 +1,7 @@
 """What a launcher starts in each of several processes: the trainings or measurements that a test asks for.
 
 torchrun --nproc_per_node 2 tests/several_processes.py train [{"setting": value, ...}, ...]
+torchrun --nproc_per_node 2 tests/several_processes.py command train --flag value ...
 torchrun --nproc_per_node 2 tests/several_processes.py objectives FOLDER MODEL V_MODEL
 """
 
@@ -41,7 +42,12 @@ def plain(settings: dict) -> dict:
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     task, *arguments = sys.argv[1:]
-    if task == "train":
+    if task == "command":
+        from dbkit.cli import main as command_line
+
+        sys.argv[1:] = arguments
+        sys.exit(command_line())
+    elif task == "train":
         import dbkit
 
         for settings in json.loads(arguments[0]):

@@ -650,14 +650,14 @@ def test_only_a_model_is_replaced_by_a_merged_one_and_never_its_own_base(model, 
     merge(file, copied, **base)
     after = read_weights(copied, "unet")
     assert any(not torch.equal(before[name], after[name]) for name in before) and find_fault(copied) is None
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "dog.jpg").touch()
-    for folder, sentence in ((tmp_path / "photos", r"more than a model \(dog.jpg\)"), (file.parent, "lies in")):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "dog.jpg").touch()
+    for folder, sentence in ((tmp_path / "own", r"more than a model \(dog.jpg\)"), (file.parent, "lies in")):
         with pytest.raises(DbkitError, match=sentence):
             merge(file, folder, **base)
     with pytest.raises(DbkitError, match=r"lies in .*, which would be replaced; choose another destination"):
         merge(file, copied, **{**base, "pretrained_model_name_or_path": str(copied)})
-    assert (tmp_path / "photos" / "dog.jpg").exists() and file.exists()
+    assert (tmp_path / "own" / "dog.jpg").exists() and file.exists()
 
 
 def test_a_wrong_merge_is_noticed_and_not_written(file, tmp_path, monkeypatch):

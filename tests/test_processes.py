@@ -13,6 +13,7 @@ from test_train import assert_equal, distance, log_of, state_of
 
 from dbkit import DbkitError, TrainConfig, processes, train
 from dbkit.checkpoint import find_fault
+from dbkit.cli import main
 from dbkit.models import read_weights
 
 CPU = torch.device("cpu")
@@ -125,6 +126,29 @@ def test_an_error_of_the_main_process_ends_all(settings):
     said, _ = started.communicate()
     assert started.returncode != 0
     assert said.count("DbkitError: instance_data_dir nowhere is not a folder") == 1
+
+
+def flags_of(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_the_command_says_its_result_and_its_mistakes_once(settings):
+    said = finish(launch("command", "train", *flags_of(settings)))
+    assert said.splitlines().count(str(settings["output_dir"] / "model")) == 1
+    for mistakes in (["--seed", "one"], ["--max_train_steps", "1", "--seed", "1"]):
+        started = launch("command", "train", *flags_of(settings), *mistakes)
+        said, _ = started.communicate()
+        assert started.returncode != 0
+        assert said.count("dbkit: ") == 1, said
+
+
+def test_a_mistake_that_only_another_process_makes_is_said_too(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert main(["train"]) == 2 and waited
+    assert capsys.readouterr().err == "dbkit: pretrained_model_name_or_path is missing; give it a value\n"
 
 
 @pytest.mark.parametrize(
