@@ -30,7 +30,8 @@ USABLE = 0.9
 LEAST_SUBJECT, LEAST_WITH_CLASS, MOST_SUBJECT, MOST_CAPTIONED = 400, 800, 4_000, 60_000
 CAPTIONED_BATCH = 4
 PEOPLE = {"person", "people", "man", "woman", "boy", "girl", "child", "face"}
-_MEASURED = f"what suits {embedded.NAME}, by measurement"
+# benchmarks/learning.md, and of a LoRA what its --lora takes.
+_MEASURED = f"what suits {embedded.NAME}, by measurement at {embedded.RESOLUTION} px"
 # Ways to save memory, as (gradient_checkpointing, use_8bit_adam): none of them.
 _WHOLE = ((False, False),)
 
@@ -212,7 +213,10 @@ def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chos
     if config.num_train_epochs != TrainConfig.num_train_epochs:
         return {"max_train_steps": None}, f"num_train_epochs {config.num_train_epochs} decides"
     if embedded.is_embedded(config.pretrained_model_name_or_path):
-        return {"max_train_steps": embedded.TRAINING["max_train_steps"]}, _MEASURED
+        steps, why = embedded.TRAINING["max_train_steps"], _MEASURED
+        if _lora(config):
+            steps, why = 2 * steps, f"twice what suits {embedded.NAME} without a LoRA"
+        return {"max_train_steps": steps}, why
     count, prior = sum(images), config.with_prior_preservation
     least, most = LEAST_WITH_CLASS if prior else LEAST_SUBJECT, MOST_SUBJECT
     if _captioned(config):
