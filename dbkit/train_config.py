@@ -13,7 +13,7 @@ SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "co
 OPTIMIZERS = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
-CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; empty: what the model says, mostly 1"
+CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; a user interface has to be set to the same; empty: what the model says, mostly 1"
 
 
 @with_auto
