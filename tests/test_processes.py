@@ -17,6 +17,8 @@ from dbkit.cli import main
 from dbkit.models import read_weights
 
 CPU = torch.device("cpu")
+# accelerate's files, as the documents offer them.
+SAMPLES = Path(__file__).parents[1] / "docs" / "accelerate"
 # So large an epsilon makes the steps proportional to the gradients, and comparable.
 COMMON = {"adam_epsilon": 1.0, "learning_rate": 1e-2, "log_interval": 1, "max_train_steps": 3}
 CASES = {
@@ -163,14 +165,26 @@ def test_a_mistake_that_only_another_process_makes_is_said_too(monkeypatch, caps
 def test_accelerate_makes_of_the_sample_files_what_dbkit_reads(name, environment):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    path = Path(__file__).parents[1] / "docs" / "accelerate" / f"{name}.yaml"
-    settings = load_config_from_file(str(path))
+    settings = load_config_from_file(str(SAMPLES / f"{name}.yaml"))
     assert settings.mixed_precision == "no"
     fsdp, deepspeed = (getattr(settings, f"{kind}_config", None) or {} for kind in ("fsdp", "deepspeed"))
     found = {f"ACCELERATE_USE_{settings.distributed_type.value}": "true"} if fsdp or deepspeed else {}
     found |= {key.upper(): str(value).lower() for key, value in fsdp.items()}
     found |= {f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value) for key, value in deepspeed.items()}
     assert environment.items() <= found.items()
+
+
+def test_accelerate_launch_trains_by_the_sample_files(settings, tmp_path):
+    logs = []
+    for name in ("two_gpus", "fsdp"):
+        run = tmp_path / name
+        flags = flags_of({**settings, "output_dir": run, "log_interval": 1})
+        finish(launch("command", "train", *flags, config_file=SAMPLES / f"{name}.yaml"))
+        assert find_fault(run / "model", step=2) is None
+        manifest = json.loads((run / "model" / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["facts"]["settings"]["processes"] == 2
+        logs.append([line["loss"] for line in log_of(run)])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3) and len(logs[0]) == 2
 
 
 def test_a_flag_without_a_launcher_is_said_and_leaves_nothing_behind(settings):
