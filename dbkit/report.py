@@ -101,6 +101,8 @@ class DatasetReport:
 
     def _head(self) -> str:
         counts = [counted(len(self.kept), "image"), counted(self.captions, "caption"), f"{len(self.refused)} refused"]
+        if masks := sum((self.folder / "masks" / image.file).is_file() for image in self.kept):
+            counts.insert(2, counted(masks, "mask"))
         if self.left_out:
             counts.append(f"{len(self.left_out)} left out")
         if self.findings:
