@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import embedded, processes
 from dbkit.concepts import concepts_of
+from dbkit.errors import counted
 from dbkit.examples import training_images
 from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
@@ -31,7 +32,8 @@ USABLE = 0.9
 LEAST_SUBJECT, LEAST_WITH_CLASS, MOST_SUBJECT, MOST_CAPTIONED = 400, 800, 4_000, 60_000
 CAPTIONED_BATCH = 4
 PEOPLE = {"person", "people", "man", "woman", "boy", "girl", "child", "face"}
-_MEASURED = f"what suits {embedded.NAME}, by measurement"
+# benchmarks/learning.md, and of a LoRA what its --lora takes.
+_MEASURED = f"what suits {embedded.NAME}, by measurement at {embedded.RESOLUTION} px"
 # Ways to save memory, as (gradient_checkpointing, use_8bit_adam): none of them.
 _WHOLE = ((False, False),)
 
@@ -214,13 +216,16 @@ def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chos
     if config.num_train_epochs != TrainConfig.num_train_epochs:
         return {"max_train_steps": None}, f"num_train_epochs {config.num_train_epochs} decides"
     if embedded.is_embedded(config.pretrained_model_name_or_path):
-        return {"max_train_steps": embedded.TRAINING["max_train_steps"]}, _MEASURED
+        steps, why = embedded.TRAINING["max_train_steps"], _MEASURED
+        if _lora(config):
+            steps, why = 2 * steps, f"twice what suits {embedded.NAME} without a LoRA"
+        return {"max_train_steps": steps}, why
     count, prior = sum(images), config.with_prior_preservation
     least, most = LEAST_WITH_CLASS if prior else LEAST_SUBJECT, MOST_SUBJECT
     if _captioned(config):
         least, most = 0, MOST_CAPTIONED
     seen = min(max(100 * count, least), most)
-    why = f"{count} images x 100 times = {100 * count}, the rule of thumb"
+    why = f"{counted(count, 'image')} x 100 times = {100 * count}, the rule of thumb"
     if seen > 100 * count:
         why += f", but at least {least}" + (" with class images" if prior else "")
     elif seen < 100 * count:
@@ -259,7 +264,9 @@ def _class_images(config: TrainConfig, images: Sequence[int], machine: Machine) 
     if embedded.is_embedded(config.pretrained_model_name_or_path):
         return {"num_class_images": embedded.TRAINING["num_class_images"]}, _MEASURED
     most = max(images)
-    return {"num_class_images": min(max(10 * most, 50), 200)}, f"10 for each of {most} images, from 50 to 200"
+    return {
+        "num_class_images": min(max(10 * most, 50), 200)
+    }, f"10 for each of {counted(most, 'image')}, from 50 to 200"
 
 
 def _saves(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:

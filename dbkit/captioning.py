@@ -13,7 +13,7 @@ from typing import Any
 from dbkit.captioners import PINNED, Blip, Tagger, banned_tags
 from dbkit.captions import caption_file, read_caption
 from dbkit.config import CaptionConfig
-from dbkit.errors import DbkitError, some
+from dbkit.errors import DbkitError, counted, some
 from dbkit.files import write_text
 from dbkit.images import OTHER_SUFFIXES, SUFFIXES, UNREAD, list_images, read_image
 from dbkit.report import backgrounds
@@ -38,7 +38,7 @@ class CaptionReport:
     def __str__(self) -> str:
         if self.note:
             return f"{self.note}: {self.folder}"
-        counts = f"{len(self.written)} captions written, {len(self.kept)} kept, {len(self.without)} without"
+        counts = f"{counted(len(self.written), 'caption')} written, {len(self.kept)} kept, {len(self.without)} without"
         lines = [f"{counts}, {len(self.refused)} refused: {self.folder}"]
         lines += [f"  {name}: {text}" for name, text in list(self.written.items())[:5]]
         if self.kept:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from dbkit import processes
 from dbkit.config import COMMANDS
 from dbkit.errors import DbkitError
-from dbkit.settings import Settings, closest, field_type, is_several, type_name
+from dbkit.settings import Settings, closest, coerce, field_type, is_several, type_name
 
 # Where each command's function is; it is imported when the command runs.
 _FUNCTIONS = {
@@ -38,17 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:
             _hide_secrets(config)
         module, function = _FUNCTIONS[command]
-        print(getattr(importlib.import_module(module), function)(config))
+        result = getattr(importlib.import_module(module), function)(config)
+        if processes.is_main():
+            print(result)
         return 0
     except DbkitError as error:
-        print(f"dbkit: {error}", file=sys.stderr)
+        _say_mistake(str(error))
         return 2
     except OSError as error:
-        print(f"dbkit: {error}; check this path and who may write there", file=sys.stderr)
+        _say_mistake(f"{error}; check this path and who may write there")
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
+        if processes.is_main():
+            print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _say_mistake(sentence: str) -> None:
+    # A mistake that all processes of a machine find is said by the first, whose end makes the launcher end the others;
+    # what one of them finds alone has to be said all the same, so it only waits for that.
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(10)
+    print(f"dbkit: {sentence}", file=sys.stderr)
 
 
 def _hide_secrets(config: Settings) -> None:
@@ -71,7 +86,7 @@ def _parse(arguments: list[str]) -> tuple[str, Settings]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, cls in COMMANDS.items():
         _add_command(commands, name, cls)
-    found, unknown = parser.parse_known_args(arguments)
+    found, unknown = parser.parse_known_args(_plain_switches(arguments))
     values = vars(found)
     command, path = values.pop("command"), values.pop("config", None)
     cls = COMMANDS[command]
@@ -85,6 +100,28 @@ def _parse(arguments: list[str]) -> tuple[str, Settings]:
     return command, cls.load(path, **values) if path else cls.from_dict(values)
 
 
+def _plain_switches(arguments: list[str]) -> list[str]:
+    """The arguments with a switch's value, which argparse does not take, in its flag: `--NAME off` is `--no-NAME`."""
+    cls = COMMANDS.get(arguments[0]) if arguments else None
+    fields = dataclasses.fields(cls) if cls else ()
+    switches = {flag for field in fields if field_type(cls, field.name) is bool for flag in _flags(field)}
+    plain: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if not equals:
+            flag, value = plain[-1] if plain else "", argument
+        if flag in switches:
+            with contextlib.suppress(ValueError):  # the next flag, a path, or what argparse refuses
+                argument = flag if coerce(value, bool) else f"--no-{flag[2:]}"
+                plain = plain if equals else plain[:-1]
+        plain.append(argument)
+    return plain
+
+
+def _flags(field: dataclasses.Field) -> dict[str, None]:
+    return dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+
+
 def _add_command(commands: Any, name: str, cls: type[Settings]) -> None:
     command = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False)
     command.add_argument("--config", metavar="FILE", help="YAML file with settings; flags win over it")
@@ -95,7 +132,7 @@ def _add_command(commands: Any, name: str, cls: type[Settings]) -> None:
         if field.metadata.get("positional"):
             command.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
             continue
-        flags = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
+        flags = _flags(field)
         if kind is bool:
             command.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, **options)
         else:

@@ -156,7 +156,10 @@ class PreviewConfig(Settings):
         (), "prompts, one for each row of the grid; on the command line give the flag once for each"
     )
     prompts_file: Path | None = setting(None, "text file with one prompt on each line, added to prompt")
-    output: Path = setting(Path("preview.png"), "the grid; single pictures go in a folder of the same name beside it")
+    output: Path | None = setting(
+        None,
+        "the grid, in place of an earlier one of that name; single pictures go in a folder of the same name beside it; empty: a new one beside the model",
+    )
     negative_prompt: str = setting("", "what the pictures should not show")
     seed: int = setting(42, "seed of the first column", min=0, max=2**63 - 1)
     num_per_prompt: int = setting(4, "columns: pictures for each prompt, with seeds counting up", min=1, max=64)
@@ -257,6 +260,7 @@ class MergeConfig(Settings):
 
     lora: Path = setting(..., "a LoRA: a .safetensors file, or the model/ of a run with adapter lora", positional=True)
     destination: Path = setting(..., "the diffusers folder to make", positional=True)
+    overwrite: bool = setting(False, "replace the destination if it is a model folder")
     pretrained_model_name_or_path: str | None = setting(
         None, "the base model: a diffusers folder or a Hugging Face id; empty: the one that a run's LoRA was trained on"
     )

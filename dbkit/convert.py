@@ -16,7 +16,15 @@ from dbkit.errors import DbkitError, some
 from dbkit.families import original_shapes, refuse_other_families, sd1_configs
 from dbkit.files import full_disk_is_a_sentence, require_space, whole_file
 from dbkit.libraries import library_errors, quiet
-from dbkit.models import PARTS, TEXT_PREFIX, Models, model_facts, read_config, read_weights, save_models
+from dbkit.models import (
+    TEXT_PREFIX,
+    Models,
+    model_facts,
+    read_config,
+    read_weights,
+    require_replaceable,
+    save_models,
+)
 from dbkit.settings import configured_by, replace
 from dbkit.tokenizer import load_tokenizer, load_tokenizer_tables, tokenizer_tables
 
@@ -81,7 +89,9 @@ def _to_folder(config: ConvertConfig) -> Path:
     source, destination = config.source, config.destination
     if source.suffix.lower() not in _FILES:
         raise DbkitError(f"{source} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
-    _require_replaceable(source, destination, config.overwrite)
+    if destination.suffix.lower() in _FILES or destination.is_file():
+        raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
+    require_replaceable(destination, config.overwrite, source)
     tensors, facts = _read_file(source, source.suffix.lower())
     refuse_other_families({name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
     parts = _split(tensors, source)
@@ -115,23 +125,6 @@ def _to_folder(config: ConvertConfig) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return destination
-
-
-def _require_replaceable(source: Path, destination: Path, overwrite: bool) -> None:
-    if destination.suffix.lower() in _FILES or destination.is_file():
-        raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
-    if source.resolve().is_relative_to(destination.resolve()):
-        raise DbkitError(f"{source} lies in {destination}, which would be replaced; choose another destination")
-    if destination.is_dir() and any(destination.iterdir()):
-        if not overwrite:
-            raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
-        known = {"model_index.json", "manifest.json", *PARTS}
-        if strangers := sorted(path.name for path in destination.iterdir() if path.name not in known):
-            raise DbkitError(
-                f"{destination} holds more than a model ({strangers[0]}), so it is not replaced; choose another"
-            )
-        if not (destination / "model_index.json").exists():
-            raise DbkitError(f"{destination} is not a model folder, so it is not replaced; choose another name")
 
 
 def _read_file(path: Path, suffix: str) -> tuple[Tensors, dict[str, Any] | None]:

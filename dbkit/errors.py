@@ -16,6 +16,11 @@ class DbkitError(Exception):
         return [f"DbkitError: {self}"]
 
 
+def counted(number: int, thing: str) -> str:
+    """A number of things: 1 image, 2 images."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
 def some(items: Sequence[str], most: int = 5) -> str:
     """The first few of many names, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

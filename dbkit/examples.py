@@ -12,7 +12,7 @@ from dbkit.augment import tag_variants, views_of
 from dbkit.buckets import Size, kept_share, nearest, sizes_of
 from dbkit.captions import read_caption
 from dbkit.concepts import Concept
-from dbkit.errors import DbkitError, some
+from dbkit.errors import DbkitError, counted, some
 from dbkit.files import sha256
 from dbkit.images import (
     OTHER_SUFFIXES,
@@ -190,8 +190,8 @@ def require_apart(instance: list[Example], class_set: list[Example]) -> None:
     both = [f"{example.path} is {known[example.sha256]}" for example in class_set if example.sha256 in known]
     if both:
         raise DbkitError(
-            f"{len(both)} class images are instance images too ({some(both, 3)}); take them out of the class images, "
-            "which must not show the subject"
+            f"{counted(len(both), 'class image')} also among the instance images ({some(both, 3)}); take out of the "
+            "class images what shows the subject"
         )
 
 
@@ -211,7 +211,7 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     lines = []
     for number, concept in enumerate(concepts):
         own = [example for example in examples if example.concept == number]
-        name = f"{len(own)} instance images" + (f" of {concept}" if len(concepts) > 1 else "")
+        name = counted(len(own), "instance image") + (f" of {concept}" if len(concepts) > 1 else "")
         lines.append(f"{name}; the first one's prompt: {own[0].prompt}")
         # Further prompts only say something where they differ.
         lines += [f"  {example.path.name}: {example.prompt}" for example in own[1:3] if example.prompt != own[0].prompt]
@@ -225,10 +225,10 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     whole = [example.path.name for example in examples if not example.mask]
     if len(whole) < len(examples):
         rest = f"; these count whole: {some(whole)}" if whole else ""
-        lines.append(f"{len(examples) - len(whole)} images have a mask{rest}")
+        lines.append(f"{counted(len(examples) - len(whole), 'image')} with a mask{rest}")
     # A tenth more is not seen.
     if small := [example.path.name for example in examples if example.scale > 1.1]:
-        lines.append(f"{len(small)} images are enlarged to that and look soft: {some(small)}")
+        lines.append(f"{counted(len(small), 'image')} enlarged to that, which looks soft: {some(small)}")
     return lines
 
 
@@ -237,10 +237,11 @@ def _versions(examples: list[Example]) -> list[str]:
     lines = []
     views, prompts = (sum(len(getattr(example, name)) for example in examples) for name in ("views", "prompts"))
     if views > len(examples):
-        lines.append(f"augmentation makes {views} versions of {len(examples)} images")
+        lines.append(f"augmentation makes {views} versions of {counted(len(examples), 'image')}")
         still = [e.path.name for e in examples if not any(view.flip for view in e.views)]
         if still and len(still) < len(examples):
-            lines.append(f"{len(still)} images are not mirrored, since their prompts say left or right: {some(still)}")
+            which = f"{counted(len(still), 'image')} not mirrored"
+            lines.append(f"{which}, since their prompts say left or right: {some(still)}")
     if prompts > len(examples):
-        lines.append(f"tags in changing order or number make {prompts} versions of {len(examples)} captions")
+        lines.append(f"tags in changing order or number make {prompts} versions of {counted(len(examples), 'caption')}")
     return lines

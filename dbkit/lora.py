@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from dbkit import draws
 from dbkit.checkpoint import commit
 from dbkit.config import MergeConfig, TrainConfig
-from dbkit.embedded import NAME
+from dbkit.embedded import NAME, local_folder
 from dbkit.errors import DbkitError, some
 from dbkit.files import safe_name, write_text
 from dbkit.libraries import quiet
@@ -27,6 +27,7 @@ from dbkit.models import (
     fingerprint,
     load_base,
     model_facts,
+    require_replaceable,
     save_models,
     save_tensors,
 )
@@ -413,10 +414,10 @@ def merge(config: MergeConfig) -> Path:
     Before it is written, what its U-Net and text encoder compute is compared with base and LoRA side by side.
     """
     require_peft()
-    if config.destination.exists():
-        raise DbkitError(f"{config.destination} exists; choose another destination")
     base = config.pretrained_model_name_or_path
     source = find_source(base, config.lora) if base else noted_source(config.lora)
+    for needed in (source.lora, local_folder(source.pretrained_model_name_or_path)):
+        require_replaceable(config.destination, config.overwrite, needed)
     model_facts(source.pretrained_model_name_or_path)
     models = load_base(source)
     load_lora(models, source.lora, config.scale)

@@ -105,7 +105,7 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
         return None
     if (folder / "text_encoder_2").exists():
         raise DbkitError(f"{folder} is a Stable Diffusion XL model; dbkit trains Stable Diffusion 1.x and 2.x")
-    if (folder / "model" / "model_index.json").is_file():
+    if any((folder / "model" / name).is_file() for name in ("model_index.json", LORA_BASE)):
         raise DbkitError(f"{folder} is a run; its model is {folder / 'model'}")
     if (folder / LORA_BASE).is_file():
         raise DbkitError(f"{folder} is a LoRA and no whole model; make one of it first: dbkit merge {folder} FOLDER")
@@ -315,6 +315,24 @@ def _check_family(models: Models, name: str | Path) -> None:
             f"the tokenizer knows {len(models.tokenizer)} tokens and the text encoder {vocabulary}; take "
             "both from one model"
         )
+
+
+def require_replaceable(destination: Path, overwrite: bool, source: Path) -> None:
+    """Raise DbkitError unless a model folder made of the source may go there: nothing but a model is ever replaced."""
+    if source.resolve().is_relative_to(destination.resolve()):
+        raise DbkitError(f"{source} lies in {destination}, which would be replaced; choose another destination")
+    if destination.is_file():
+        raise DbkitError(f"{destination} is a file; choose the name of a folder")
+    if destination.is_dir() and any(destination.iterdir()):
+        if not overwrite:
+            raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+        known = {"model_index.json", "manifest.json", *PARTS}
+        if strangers := sorted(path.name for path in destination.iterdir() if path.name not in known):
+            raise DbkitError(
+                f"{destination} holds more than a model ({strangers[0]}), so it is not replaced; choose another"
+            )
+        if not (destination / "model_index.json").exists():
+            raise DbkitError(f"{destination} is not a model folder, so it is not replaced; choose another name")
 
 
 def save_models(models: Models, folder: Path, precision: str | None = None) -> None:

@@ -14,7 +14,7 @@ from dbkit.checkpoint import Checkpoint
 from dbkit.class_images import make_class_images
 from dbkit.concepts import Concept, concepts_of, warnings
 from dbkit.config import ClassImagesConfig
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, class_examples, describe, first_prompts, instance_examples, require_apart
 from dbkit.files import move_aside
 from dbkit.hub import require_hub
@@ -88,10 +88,12 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
         print(f"the earlier run is moved to {move_aside(run)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
-    for sentence in (*describe(instance, concepts), *warnings(concepts)):
+    for sentence in (*describe(instance, concepts), *warnings(concepts), *_rate_warnings(config)):
         print(sentence)
     seen = total * order.per_step / len(instance)
-    print(f"{total} steps, in which each instance image is seen {seen:.3g} times on average")
+    # Of a run that has as many already, train() says so instead.
+    if saved is None or saved.step < total:
+        print(f"{counted(total, 'step')}, in which each instance image is seen {seen:.3g} times on average")
     class_set = _class_examples(config, concepts, instance)
     require_apart(instance, class_set)
     order = _order(config, concepts, instance, class_set)
@@ -114,6 +116,16 @@ def _rest_after(config: TrainConfig, total: int, saved: Checkpoint | None) -> in
         return int(stop)
     # Of a run that is trained further it is a part of the first total: what rests already must not begin anew.
     return saved.facts.get(_REST_AFTER, 0) if saved else max(1, round(stop * total))
+
+
+def _rate_warnings(config: TrainConfig) -> list[str]:
+    """What the default learning rate does not suit; a rate of one's own is left alone."""
+    wanted = ["1e-4 is usual for a LoRA"] if config.adapter == "lora" else []
+    wanted += ["lion wants a third to a tenth of what AdamW wants"] if config.optimizer == "lion" else []
+    if not wanted or config.learning_rate != TrainConfig.learning_rate:
+        return []
+    default = f"learning_rate is {config.learning_rate:g}, the default, which suits AdamW and a whole model"
+    return [f"{default}; {'; '.join(wanted)}"]
 
 
 def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:
@@ -153,8 +165,9 @@ def _total_steps(config: TrainConfig, order: Order) -> int:
     """max_train_steps, or enough optimizer steps for num_train_epochs epochs."""
     total = config.max_train_steps or math.ceil(order.epoch_length * config.num_train_epochs / order.per_step)
     if config.lr_warmup_steps >= total:
+        steps = counted(total, "step")
         raise DbkitError(
-            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {total} steps; make the warm-up shorter"
+            f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {steps}; make the warm-up shorter"
         )
     return total
 

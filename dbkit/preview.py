@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -54,9 +55,10 @@ def preview(config: PreviewConfig) -> Preview:
     The same settings give the same pictures, whatever was trained or sampled before.
     """
     prompts = [*config.prompt, *(read_prompts(config.prompts_file) if config.prompts_file else ())]
-    if config.output.suffix.lower() != ".png":
-        raise DbkitError(f"output is {config.output}; give the grid a name that ends in .png")
-    config.output.parent.mkdir(parents=True, exist_ok=True)
+    output = config.output or _unused(config.model)
+    if output.suffix.lower() != ".png":
+        raise DbkitError(f"output is {output}; give the grid a name that ends in .png")
+    output.parent.mkdir(parents=True, exist_ok=True)
     source = find_source(config.model, config.lora)
     facts = model_facts(source.pretrained_model_name_or_path)
     if config.resolution:
@@ -69,7 +71,7 @@ def preview(config: PreviewConfig) -> Preview:
     return make_preview(
         models,
         prompts,
-        output=config.output,
+        output=output,
         seeds=range(config.seed, config.seed + config.num_per_prompt),
         guidance_scales=config.guidance_scale,
         negative_prompt=config.negative_prompt,
@@ -79,6 +81,14 @@ def preview(config: PreviewConfig) -> Preview:
         device=device,
         dtype=dtype,
     )
+
+
+def _unused(model: Path) -> Path:
+    """A grid beside the model that replaces none; of a model without a folder of its own here in the current one."""
+    model = model.absolute() if model.exists() else Path(model.name)
+    ends = itertools.chain([""], (f"-{number}" for number in itertools.count(1)))
+    paths = (model.with_name(f"{model.name}-preview{end}.png") for end in ends)
+    return next(path for path in paths if not path.exists())
 
 
 def read_prompts(path: Path) -> list[str]:

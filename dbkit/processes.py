@@ -64,6 +64,11 @@ def rank() -> int:
     return int(os.environ["RANK"]) if world() > 1 else 0
 
 
+def is_main() -> bool:
+    """Whether rank() is or will be 0, without torch and before start()."""
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
     """Keep a process off the screen."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dbkit.doctor import Finding
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, counted
 from dbkit.files import full_disk_is_a_sentence, whole_file, write_text
 from dbkit.images import read_image
 
@@ -102,11 +102,13 @@ class DatasetReport:
                 yield f"{more} more of this kind ({finding.check}); {REPORT} has them all"
 
     def _head(self) -> str:
-        counts = [f"{len(self.kept)} images", f"{self.captions} captions", f"{len(self.refused)} refused"]
+        counts = [counted(len(self.kept), "image"), counted(self.captions, "caption"), f"{len(self.refused)} refused"]
+        if masks := sum((self.folder / "masks" / image.file).is_file() for image in self.kept):
+            counts.insert(2, counted(masks, "mask"))
         if self.left_out:
             counts.append(f"{len(self.left_out)} left out")
         if self.findings:
-            counts.append(f"{len(self.findings)} findings")
+            counts.append(counted(len(self.findings), "finding"))
         return f"{', '.join(counts)}: {self.folder}"
 
     def _repr_html_(self) -> str:

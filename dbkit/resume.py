@@ -9,7 +9,7 @@ from typing import Any
 
 from dbkit import models, processes
 from dbkit.checkpoint import Checkpoint, newest_valid
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, fingerprint
 from dbkit.settings import plain
 from dbkit.tokenizer import tokenizer_fingerprint
@@ -71,8 +71,10 @@ def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path
     ]
     changed += [f"{name} differ" for name in now if name != "settings" and then.get(name) != now[name]]
     if changed:
+        number = before["processes"]
+        how = f" (torchrun --nproc_per_node {number} starts {number})" if number != processes.world() else ""
         raise DbkitError(
-            f"{run} holds a run of {saved.step} steps that these settings do not continue: {', '.join(changed)}; "
-            "change that back, choose another output_dir, or set start_over"
+            f"{run} holds a run of {counted(saved.step, 'step')} that these settings do not continue: "
+            f"{', '.join(changed)}; change that back{how}, choose another output_dir, or set start_over"
         )
     return saved.step

@@ -247,11 +247,15 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 def without_effect(config: Settings) -> list[str]:
     """Settings that were given although what they need is off."""
     return [
-        f"{field.name} has no effect without {_words(needs)}; turn that on or leave {field.name} out"
+        f"{field.name} has no effect without {_words(needs)}; {_way_to(needs)} or leave {field.name} out"
         for field in dataclasses.fields(config)
         if (needs := field.metadata.get("needs"))
         if getattr(config, field.name) != field.default and not is_on(config, needs)
     ]
+
+
+def _way_to(needs: str) -> str:
+    return f"set {needs.replace('=', ' to ')}" if "=" in needs else "turn that on"
 
 
 def is_on(config: Settings, needs: str) -> bool:

@@ -82,6 +82,10 @@ def look_through(folder: Path) -> Source:
     masked = pictures | set(found.images)
     found.images[:] = [p for p in found.images if p.parent.name != "masks" or p.parents[1] / p.stem not in masked]
     found.images.sort(key=name_of)
+    beside = {path.parent for path in found.images}
+    for path in [p for p in found.images if p.parent.name == "masks" and p.parents[1] in beside]:
+        found.images.remove(path)
+        found.ignored[name_of(path)] = "a mask without a picture of its name"
     named = {path.with_suffix("") for path in found.images} | set(found.images)
     for path in texts:
         if path.with_suffix("") not in named:

@@ -12,7 +12,7 @@ from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.checkpoint import commit, find_fault, rotate, step_folder
 from dbkit.concepts import Concept
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, counted
 from dbkit.examples import first_prompts
 from dbkit.files import one_process, require_space, stop_requests
 from dbkit.hub import upload_model
@@ -65,7 +65,7 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
     config = on_main(choose_settings, config, run, device, dtype)
     plan = on_main(make_plan, config, run, device)
     if plan.done >= plan.total and on_main(find_fault, run / "model", plan.done) is None:
-        print(f"{plan.done} steps are done already; to train further, raise max_train_steps above that")
+        print(f"{counted(plan.done, 'step')} done already; to train further, raise max_train_steps above that")
         on_main(upload_model, config, run, plan.done, first_prompts(plan.instance, plan.concepts))
         return run / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
@@ -114,7 +114,7 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
 
     # 5. Finished model.
     if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
-        raise DbkitError(f"{total - done} steps changed no weight; raise learning_rate")
+        raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
     model = commit_of(total, finished=True)
     preview_of(total)
     prompts = first_prompts(plan.instance, plan.concepts)

@@ -13,7 +13,7 @@ SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "co
 OPTIMIZERS = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
-CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; empty: what the model says, mostly 1"
+CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; a user interface has to be set to the same; empty: what the model says, mostly 1"
 
 
 @with_auto
@@ -671,7 +671,8 @@ class TrainConfig(Settings):
             return ["combine_prompt_from_txt needs instance_prompt, which it joins with each image's text"]
         tags = [name for name in ("shuffle_tags", "tag_dropout") if getattr(self, name)]
         if tags and not (self.use_txt_as_label or self.combine_prompt_from_txt):
-            return [f"{' and '.join(tags)} need tags from .txt files; set use_txt_as_label or combine_prompt_from_txt"]
+            need = f"{' and '.join(tags)} need{'s' * (len(tags) == 1)}"
+            return [f"{need} tags from .txt files; set use_txt_as_label or combine_prompt_from_txt"]
         if self.combine_prompt_from_txt and "{TXT_PROMPT}" not in self.prompt_combine_template:
             return ["prompt_combine_template has no {TXT_PROMPT}, so no text would be used; {PROMPT}, {TXT_PROMPT} has"]
         if self.combine_prompt_from_txt and "{PROMPT}" not in self.prompt_combine_template:

@@ -10,7 +10,8 @@ from dbkit.settings import Settings, field_type, type_name
 _HEAD = """# Settings
 
 Made by `make docs` from `dbkit/config.py`. A setting has one name everywhere: as a flag (`--name`), in YAML, in the
-notebooks' forms and as a keyword argument.
+notebooks' forms and as a keyword argument. On the command line a switch is turned on by `--name` and off by
+`--no-name`.
 """
 # The options of the older DreamBooth scripts, each with the test that shows what it does. tests/test_every_setting.py
 # shows of all settings that they do something.

@@ -1,6 +1,7 @@
 """What a launcher starts in each of several processes: the trainings or measurements that a test asks for.
 
 torchrun --nproc_per_node 2 tests/several_processes.py train [{"setting": value, ...}, ...]
+torchrun --nproc_per_node 2 tests/several_processes.py command train --flag value ...
 torchrun --nproc_per_node 2 tests/several_processes.py objectives FOLDER MODEL V_MODEL
 """
 
@@ -11,9 +12,12 @@ import sys
 from pathlib import Path
 
 
-def launch(*arguments: str, processes: int = 2, **environment: str) -> subprocess.Popen:
-    """Start this file in several processes on the CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+def launch(*arguments: str, config_file: Path | None = None, **environment: str) -> subprocess.Popen:
+    """Start this file in two processes on the CPU, or by accelerate launch as its configuration file says."""
+    options = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if config_file:
+        options = ["accelerate.commands.launch", "--config_file", str(config_file), "--main_process_port", "0"]
+    command = [sys.executable, "-m", *options]
     # accelerate launch --cpu would start one.
     own = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
@@ -41,7 +45,12 @@ def plain(settings: dict) -> dict:
 def main() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     task, *arguments = sys.argv[1:]
-    if task == "train":
+    if task == "command":
+        from dbkit.cli import main as command_line
+
+        sys.argv[1:] = arguments
+        sys.exit(command_line())
+    elif task == "train":
         import dbkit
 
         for settings in json.loads(arguments[0]):

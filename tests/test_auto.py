@@ -88,8 +88,10 @@ def test_a_lora_learns_faster_and_fits_a_small_card(machine, checkpointing):
     assert "too little room" not in reasons[0]
 
 
-def test_a_lora_of_the_embedded_model_has_a_rate_of_its_own():
-    assert choose(made(adapter="lora", **TINY), [5], CPU)[0]["learning_rate"] == pytest.approx(2e-3)
+def test_a_lora_of_the_embedded_model_has_a_rate_and_steps_of_its_own():
+    values, reasons = choose(made(adapter="lora", **TINY), [5], CPU)
+    assert values["learning_rate"] == pytest.approx(2e-3) and values["max_train_steps"] == 400
+    assert "max_train_steps 400: twice what suits tiny-sd without a LoRA" in reasons
 
 
 def test_another_optimizer_has_no_8_bit_moments_and_prodigy_a_rate_of_its_own():
@@ -298,7 +300,7 @@ def test_the_embedded_model_is_trained_as_suits_it(tmp_path, capsys):
     train(**changes, **subject, auto=True)
     kept = ran(run)
     assert {name: kept[name] for name in embedded.TRAINING} == {**embedded.TRAINING, "max_train_steps": 2}
-    assert "learning_rate 0.0002: what suits tiny-sd, by measurement" in capsys.readouterr().out
+    assert "learning_rate 0.0002: what suits tiny-sd, by measurement at 32 px" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_keeps_what_it_ran_with(automatic, monkeypatch, capsys):

@@ -393,7 +393,7 @@ def test_the_report_says_what_happened(settings, folder):
     (folder / "a.png").write_bytes(b"")
     report = caption_dataset(**settings, threshold=0.9)
     lines = str(report).splitlines()
-    assert lines[0] == f"1 captions written, 1 kept, 7 without, 1 refused: {folder}"
+    assert lines[0] == f"1 caption written, 1 kept, 7 without, 1 refused: {folder}"
     assert lines[1] == "  c.jpg: blue sky, miku (vocaloid)"
     assert lines[2] == "  kept: b.png; empty a text to have it written anew"
     assert lines[3] == (

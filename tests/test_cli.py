@@ -162,6 +162,24 @@ def test_a_switch_is_turned_off_in_both_spellings(refused, photos, tmp_path, fla
     assert refused(*common, flag).startswith("no prompt is given")
 
 
+@pytest.mark.parametrize(
+    "given", [["--use_txt_as_label", "off"], ["--use-txt-as-label=False"], ["--use_txt_as_label=0"]]
+)
+def test_a_switch_takes_the_words_of_a_settings_file(refused, photos, tmp_path, given):
+    (tmp_path / "train.yaml").write_text(f"use_txt_as_label: true\ninstance_data_dir: {photos}\n")
+    common = ["train", "--config", str(tmp_path / "train.yaml"), "--pretrained_model_name_or_path", str(tmp_path)]
+    assert refused(*common, *given).startswith("no prompt is given")
+    assert "is not a model folder" in refused(*common, *given, "--use_txt_as_label", "ON")
+
+
+def test_what_follows_a_switch_and_is_no_value_of_it_is_left_alone(refused, photos, tmp_path):
+    assert refused("train", "--use_ema", "offf").startswith("offf is not known to dbkit train")
+    sentence = refused("train", "--use_ema=offf")
+    assert "--use_ema" in sentence and "--no-use_ema" in sentence and "'offf'" in sentence
+    # A path is not taken for the value.
+    assert main(["prepare", "--no-look_for_text", str(photos), str(tmp_path / "out"), "--resolution", "32"]) == 0
+
+
 @pytest.mark.parametrize("flag", ["--default_caption", "--default-caption"])
 def test_a_flag_is_taken_in_both_spellings(photos, tmp_path, flag):
     for path in photos.glob("*.txt"):

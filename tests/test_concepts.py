@@ -150,4 +150,4 @@ def test_two_concepts_train_together_each_with_its_class_images_and_its_preview(
     previews = {path.name.split("-")[1] for path in model.parent.glob("previews/step_000002/*.png")}
     assert previews == {"photo of zwx dog", "photo of a dog", "photo of ukj car", "photo of a car"}
     said = capsys.readouterr().out
-    assert "1 instance images of photo of zwx dog; the first one's prompt: photo of zwx dog" in said
+    assert "1 instance image of photo of zwx dog; the first one's prompt: photo of zwx dog" in said

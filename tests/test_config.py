@@ -137,6 +137,14 @@ def test_each_known_parameter_is_a_flag(name, spelling, capsys):
             "keep one of them",
         ),
         (
+            {"tag_dropout": 0.1},
+            "tag_dropout needs tags from .txt files; set use_txt_as_label or combine_prompt_from_txt",
+        ),
+        (
+            {"tag_dropout": 0.1, "shuffle_tags": True},
+            "shuffle_tags and tag_dropout need tags from .txt files; set use_txt_as_label or combine_prompt_from_txt",
+        ),
+        (
             {"use_filename_as_label": True, "use_txt_as_label": True},
             "instance_prompt and use_txt_as_label and use_filename_as_label exclude each other, since each image has "
             "one prompt; keep one of them",
@@ -163,8 +171,8 @@ def test_each_known_parameter_is_a_flag(name, spelling, capsys):
         ),
         (
             {"lr_scheduler": "cosine", "lr_num_cycles": 3},
-            "lr_num_cycles has no effect without lr_scheduler cosine_with_restarts; turn that on or leave "
-            "lr_num_cycles out",
+            "lr_num_cycles has no effect without lr_scheduler cosine_with_restarts; set lr_scheduler to "
+            "cosine_with_restarts or leave lr_num_cycles out",
         ),
         (
             {"lr_scheduler": "polynomial", "learning_rate": 1e-7},
@@ -245,7 +253,8 @@ def test_a_setting_that_would_have_no_effect_is_refused_and_what_it_needs_is_the
     with pytest.raises(DbkitError) as caught:
         made(**{name: other})
     words = f"{needed} {value}".strip() + "".join(f"{' or ' if n == more[-1] else ', '}{n}" for n in more)
-    assert f"{name} has no effect without {words}; turn that on or leave {name} out" in str(caught.value)
+    way = f"set {needed} to {value}" if value else "turn that on"
+    assert f"{name} has no effect without {words}; {way} or leave {name} out" in str(caught.value)
     others = {"class_prompt": "photo of a dog"} if needed == "with_prior_preservation" else {}
     others |= {"instance_prompt": None, "use_txt_as_label": True} if needed == "shuffle_tags" else {}
     choice = value or {bool: True, float: 0.1}.get(type(needed_field.default), "tensorboard")

@@ -643,8 +643,11 @@ def test_masks_come_along_with_the_same_cut(tmp_path):
     (source / "masks").mkdir()
     # Half as large as its image.
     opacity.resize((48, 32)).save(source / "masks" / "one.png")
+    opacity.save(source / "masks" / "three.png")
     report = prepare_dataset(source, tmp_path / "out", resolution=32)
     assert [kept.file for kept in report.kept] == ["one.png", "two.png"]
+    assert report.ignored == {"masks/three.png": "a mask without a picture of its name"}
+    assert str(report).startswith("2 images, 0 captions, 2 masks, 0 refused")
     for name in ("one.png", "two.png"):
         mask = np.asarray(Image.open(tmp_path / "out" / "masks" / name))
         # The middle square of 64 pixels begins at 16, where the mask begins.

@@ -39,7 +39,7 @@ def test_the_demo_makes_a_grid_a_model_and_a_checkpoint_that_converts_back(tmp_p
     again = demo(folder=tmp_path / "demo", max_train_steps=2)
     assert again.evaluation == made.evaluation
     assert (made.model / "manifest.json").stat().st_mtime_ns == times
-    assert "2 steps are done already" in capsys.readouterr().out
+    assert "2 steps done already" in capsys.readouterr().out
 
 
 def test_the_sample_pictures_are_there():

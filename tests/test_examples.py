@@ -179,7 +179,7 @@ def test_a_mask_counts_for_what_a_run_is(config, photos):
     examples = instance_examples(masked, concepts_of(masked))
     assert [example.mask for example in examples] == [None, None, photos / "masks" / "teal.png"]
     said = describe(examples, concepts_of(masked))
-    assert "1 images have a mask; these count whole: crimson.png, gold.png" in said
+    assert "1 image with a mask; these count whole: crimson.png, gold.png" in said
     before = fingerprint(examples)
     draw_photo(photos / "masks" / "teal.png", colour="black")
     assert fingerprint(instance_examples(masked, concepts_of(masked))) != before

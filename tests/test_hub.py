@@ -311,7 +311,7 @@ def test_a_finished_run_is_uploaded_by_the_same_command_with_a_token_from_its_fi
     path.write_text(yaml.safe_dump({**settings, "output_dir": str(copy), "push_to_hub": True, "hub_token": TOKEN}))
     done = python("-m", "dbkit", "train", "--config", path)
     assert done.returncode == 0, done.stderr
-    assert "2 steps are done already" in done.stdout and f"are uploaded to {hub.url}/ada/run" in done.stdout
+    assert "2 steps done already" in done.stdout and f"are uploaded to {hub.url}/ada/run" in done.stdout
     assert _files(run / "model").items() <= hub.repositories["ada/run"].files.items()
 
 

@@ -33,7 +33,7 @@ from dbkit.lora import (
     read_lora,
     save_lora,
 )
-from dbkit.models import load_models, model_facts, save_models
+from dbkit.models import load_models, model_facts, read_weights, save_models
 from dbkit.settings import replace
 
 PARTS = ("unet", "text_encoder")
@@ -689,7 +689,23 @@ def test_a_lora_from_elsewhere_is_merged_on_the_command_line(model, models, file
     assert "merged and separate weights compute the same within" in capsys.readouterr().out
     assert close(output(load_models(tmp_path / "merged")), output(models))
     assert main([*arguments, "--pretrained_model_name_or_path", str(model)]) == 2
-    assert "merged exists; choose another destination" in capsys.readouterr().err
+    assert "merged exists; choose another name, or set overwrite" in capsys.readouterr().err
+
+
+def test_only_a_model_is_replaced_by_a_merged_one_and_never_its_own_base(model, file, copied, tmp_path):
+    base = {"pretrained_model_name_or_path": str(model), "save_precision": "fp32", "overwrite": True}
+    before = read_weights(copied, "unet")
+    merge(file, copied, **base)
+    after = read_weights(copied, "unet")
+    assert any(not torch.equal(before[name], after[name]) for name in before) and find_fault(copied) is None
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "dog.jpg").touch()
+    for folder, sentence in ((tmp_path / "own", r"more than a model \(dog.jpg\)"), (file.parent, "lies in")):
+        with pytest.raises(DbkitError, match=sentence):
+            merge(file, folder, **base)
+    with pytest.raises(DbkitError, match=r"lies in .*, which would be replaced; choose another destination"):
+        merge(file, copied, **{**base, "pretrained_model_name_or_path": str(copied)})
+    assert (tmp_path / "own" / "dog.jpg").exists() and file.exists()
 
 
 def test_a_wrong_merge_is_noticed_and_not_written(file, tmp_path, monkeypatch):
@@ -710,5 +726,5 @@ def test_a_lora_of_a_linear_model_finds_and_fits_it(linear_models, lora, tmp_pat
 
 
 def test_settings_of_a_lora_need_a_lora(settings):
-    with pytest.raises(DbkitError, match="lora_rank has no effect without adapter lora; turn that on or leave"):
+    with pytest.raises(DbkitError, match="lora_rank has no effect without adapter lora; set adapter to lora or leave"):
         TrainConfig(**settings, lora_rank=8, lora_modules="all")

@@ -393,6 +393,10 @@ def test_a_run_is_told_from_its_model(copied, tmp_path):
     shutil.copytree(copied, run / "model")
     with pytest.raises(DbkitError, match=r"run is a run; its model is .*run.model"):
         model_facts(run)
+    # A LoRA's.
+    (run / "model" / "model_index.json").rename(run / "model" / "lora.json")
+    with pytest.raises(DbkitError, match=r"run is a run; its model is .*run.model"):
+        model_facts(run)
 
 
 def test_a_folder_that_is_no_model_is_said_to_be_none(tmp_path):

@@ -39,7 +39,7 @@ def test_sizes_and_what_the_crops_keep_are_said(settings, shapes, capsys):
 def test_images_that_are_enlarged_are_said(settings, photos, capsys):
     draw_photo(photos / "tiny.png", (30, 30))
     plan(settings)
-    assert "1 images are enlarged to that and look soft: tiny.png" in capsys.readouterr().out
+    assert "1 image enlarged to that, which looks soft: tiny.png" in capsys.readouterr().out
 
 
 def test_the_prompts_of_the_first_images_are_shown(settings, photos, capsys):
@@ -105,7 +105,9 @@ def test_enough_class_images_of_ones_own_are_all_that_is_used(settings, shapes, 
 def test_a_picture_that_is_instance_and_class_image_is_refused(settings, photos, tmp_path):
     (tmp_path / "class").mkdir()
     shutil.copy(photos / "teal.png", tmp_path / "class" / "other name.png")
-    with pytest.raises(DbkitError, match=r"^1 class images are instance images too \(.*other name.png is .*teal.png\)"):
+    with pytest.raises(
+        DbkitError, match=r"^1 class image also among the instance images \(.*other name.png is .*teal.png\)"
+    ):
         plan(settings, class_data_dir=tmp_path / "class", **{**PRIOR, "num_class_images": 1})
 
 
@@ -123,8 +125,24 @@ def test_what_augmentation_and_tags_make_is_said(settings, photos, capsys):
     plan(settings, hflip=True, use_txt_as_label=True, instance_prompt=None, shuffle_tags=True)
     said = capsys.readouterr().out
     assert "augmentation makes 5 versions of 3 images" in said
-    assert "1 images are not mirrored, since their prompts say left or right: teal.png" in said
+    assert "1 image not mirrored, since their prompts say left or right: teal.png" in said
     assert "tags in changing order or number make " in said
+
+
+def test_a_default_learning_rate_that_does_not_suit_is_said_and_one_that_was_set_is_not(settings, photos, capsys):
+    default = {**settings, "learning_rate": TrainConfig.learning_rate}
+    pytest.importorskip("pytorch_optimizer", reason="lion needs it")
+    for changes, advice in (
+        ({"optimizer": "lion"}, "; lion wants a third to a tenth of what AdamW wants\n"),
+        ({"adapter": "lora"}, "; 1e-4 is usual for a LoRA\n"),
+    ):
+        said = f"learning_rate is 5e-06, the default, which suits AdamW and a whole model{advice}"
+        plan(default, **changes)
+        assert said in capsys.readouterr().out
+        plan(settings, **changes)
+        assert "learning_rate" not in capsys.readouterr().out
+    plan(default)
+    assert "learning_rate" not in capsys.readouterr().out
 
 
 def test_weights_that_would_make_an_epoch_endless_are_refused(settings, photos, tmp_path):

@@ -82,6 +82,23 @@ def test_several_guidance_scales_make_the_columns_with_one_seed(preview_config):
     assert alone.pictures[0].read_bytes() == made.pictures[1].read_bytes()
 
 
+def test_without_an_output_each_preview_is_a_new_one_beside_the_model(preview_config, copied, monkeypatch):
+    short = dataclasses.replace(preview_config, model=copied, output=None, prompt=("a dog",), num_per_prompt=1)
+    first, second = preview(short), preview(short, model="copied")
+    assert (first.grid, second.grid) == (
+        copied.with_name("copied-preview.png"),
+        copied.with_name("copied-preview-1.png"),
+    )
+    assert first.grid.read_bytes() == second.grid.read_bytes()
+    monkeypatch.chdir(copied)
+    assert preview(short, model=".").grid == copied.with_name("copied-preview-2.png")
+
+
+def test_the_embedded_model_is_previewed_into_the_current_folder(preview_config, tmp_path):
+    short = dataclasses.replace(preview_config, model="tiny-sd", output=None, prompt=("a dog",), num_per_prompt=1)
+    assert preview(short).grid.absolute() == tmp_path / "tiny-sd-preview.png"
+
+
 def test_prompts_of_a_file_follow_those_given(preview_config, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffa red car\n\n  ein Bär \n", encoding="utf-8")
     made = preview(preview_config, prompt="a dog", prompts_file=tmp_path / "prompts.txt", num_per_prompt=1)

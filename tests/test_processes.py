@@ -13,9 +13,12 @@ from test_train import assert_equal, distance, log_of, state_of
 
 from dbkit import DbkitError, TrainConfig, processes, train
 from dbkit.checkpoint import find_fault
+from dbkit.cli import main
 from dbkit.models import read_weights
 
 CPU = torch.device("cpu")
+# accelerate's files, as the documents offer them.
+SAMPLES = Path(__file__).parents[1] / "docs" / "accelerate"
 # So large an epsilon makes the steps proportional to the gradients, and comparable.
 COMMON = {"adam_epsilon": 1.0, "learning_rate": 1e-2, "log_interval": 1, "max_train_steps": 3}
 CASES = {
@@ -80,7 +83,7 @@ def test_two_processes_equal_one_with_twice_the_batch_and_resume_exactly(cases, 
 
 def test_another_number_of_processes_does_not_continue_a_run(config, tmp_path):
     train_in_two([{**vars(config), "hub_token": None}])
-    with pytest.raises(DbkitError, match="do not continue: processes was 2 and is 1"):
+    with pytest.raises(DbkitError, match=r"processes was 2 and is 1; .* \(torchrun --nproc_per_node 2 starts 2\)"):
         train(config, max_train_steps=3)
 
 
@@ -127,6 +130,29 @@ def test_an_error_of_the_main_process_ends_all(settings):
     assert said.count("DbkitError: instance_data_dir nowhere is not a folder") == 1
 
 
+def flags_of(settings: dict) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_the_command_says_its_result_and_its_mistakes_once(settings):
+    said = finish(launch("command", "train", *flags_of(settings)))
+    assert said.splitlines().count(str(settings["output_dir"] / "model")) == 1
+    for mistakes in (["--seed", "one"], ["--max_train_steps", "1", "--seed", "1"]):
+        started = launch("command", "train", *flags_of(settings), *mistakes)
+        said, _ = started.communicate()
+        assert started.returncode != 0
+        assert said.count("dbkit: ") == 1, said
+
+
+def test_a_mistake_that_only_another_process_makes_is_said_too(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "1")
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert main(["train"]) == 2 and waited
+    assert capsys.readouterr().err == "dbkit: pretrained_model_name_or_path is missing; give it a value\n"
+
+
 @pytest.mark.parametrize(
     ("name", "environment"),
     [
@@ -139,14 +165,26 @@ def test_an_error_of_the_main_process_ends_all(settings):
 def test_accelerate_makes_of_the_sample_files_what_dbkit_reads(name, environment):
     from accelerate.commands.config.config_args import load_config_from_file
 
-    path = Path(__file__).parents[1] / "docs" / "accelerate" / f"{name}.yaml"
-    settings = load_config_from_file(str(path))
+    settings = load_config_from_file(str(SAMPLES / f"{name}.yaml"))
     assert settings.mixed_precision == "no"
     fsdp, deepspeed = (getattr(settings, f"{kind}_config", None) or {} for kind in ("fsdp", "deepspeed"))
     found = {f"ACCELERATE_USE_{settings.distributed_type.value}": "true"} if fsdp or deepspeed else {}
     found |= {key.upper(): str(value).lower() for key, value in fsdp.items()}
     found |= {f"ACCELERATE_DEEPSPEED_{key.upper()}": str(value) for key, value in deepspeed.items()}
     assert environment.items() <= found.items()
+
+
+def test_accelerate_launch_trains_by_the_sample_files(settings, tmp_path):
+    logs = []
+    for name in ("two_gpus", "fsdp"):
+        run = tmp_path / name
+        flags = flags_of({**settings, "output_dir": run, "log_interval": 1})
+        finish(launch("command", "train", *flags, config_file=SAMPLES / f"{name}.yaml"))
+        assert find_fault(run / "model", step=2) is None
+        manifest = json.loads((run / "model" / "manifest.json").read_text(encoding="utf-8"))
+        assert manifest["facts"]["settings"]["processes"] == 2
+        logs.append([line["loss"] for line in log_of(run)])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3) and len(logs[0]) == 2
 
 
 def test_a_flag_without_a_launcher_is_said_and_leaves_nothing_behind(settings):
