@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,12 +114,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def sha256(path: Path, seen: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal. `seen` is told how many bytes each block has."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if seen:
+                seen(len(block))
     return digest.hexdigest()
 
 
