@@ -145,7 +145,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
 def newest_valid(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     """The valid checkpoint with the highest step, or None, and a sentence for each newer one that was skipped."""
     skipped = []
-    for step, folder in sorted(_by_step(parent).items(), reverse=True):
+    for step, folder in sorted(by_step(parent).items(), reverse=True):
         fault = find_fault(folder, step)
         if fault is None:
             manifest = read_manifest(folder)
@@ -162,7 +162,7 @@ def rotate(
     Folders of later steps are damaged, or of steps that are taken again: they must not push out a good one. What
     `spare` says yes to stays until the next time. `for_good` is that of remove_committed().
     """
-    folders = _by_step(parent)
+    folders = by_step(parent)
     kept = [step for step in sorted(folders) if step <= newest and (folders[step] / MANIFEST).is_file()][-keep:]
     for step, folder in folders.items():
         if step < kept[0] and not (spare and spare(folder)):
@@ -171,7 +171,7 @@ def rotate(
         remove_committed(partial, for_good)
 
 
-def _by_step(parent: Path) -> dict[int, Path]:
+def by_step(parent: Path) -> dict[int, Path]:
     """The folders that step_folder() names; copies that someone made beside them are not ours."""
     found = ((folder, re.fullmatch(r"step_(\d{6,})", folder.name)) for folder in parent.glob("step_*"))
     return {int(match[1]): folder for folder, match in found if match and folder.is_dir()}
