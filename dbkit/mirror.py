@@ -34,12 +34,13 @@ class Item:
     number: int
     tries: int = 0
     due: float = 0.0
-    failed: str | None = None
+    failed: str | None = None  # the sentence of its last try, and the system's words for the reason
+    reason: str = ""
     most: int = 0  # the bytes that its best try handled
 
     def take_over(self, older: Item) -> None:
         """Be tried when the older one would have been, so that what is new does not hurry a home that fails."""
-        self.tries, self.due, self.failed = older.tries, older.due, older.failed
+        self.tries, self.due, self.failed, self.reason = older.tries, older.due, older.failed, older.reason
 
 
 class Mirror:
@@ -115,8 +116,8 @@ class Mirror:
         self._show()
         why = f"nothing moved for {patience:.0f} seconds" if patience else "there was no time"
         return [
-            f"{item.name} is not at {self.home} ({item.failed or why}); it is kept in {self.local}, and to run the same "
-            "command again copies it"
+            f"{item.name} is not at {self.home} ({item.reason or why}); it is kept in {self.local}, and to run "
+            "the same command again copies it"
             for item in missing
         ]
 
@@ -145,8 +146,10 @@ class Mirror:
     def _work(self) -> None:
         while item := self._next():
             try:
+                manifest = None if item.keep is None else manifest_of(item.path)
+                self.size = _size_of(item.path, manifest)
                 self._show(at_home=True)
-                self._send(item)
+                self._send(item, manifest)
                 self._settle(item)
             except DbkitError as error:
                 # What local holds is damaged or gone: to try again would not help.
@@ -173,20 +176,17 @@ class Mirror:
                 self.changed.wait(min((item.due - now for item in self.queue.values()), default=None))
             return None
 
-    def _send(self, item: Item) -> None:
+    def _send(self, item: Item, manifest: dict[str, Any] | None) -> None:
         target = self.home / item.name
         self._make_parents(target)
-        if item.keep is None:
+        if manifest is None:
             self._clean(target)
-            self.size = item.path.stat().st_size if item.path.exists() else 0
             copy_loose(item.path, target, self._wrote, self._seen)
             return
         # What an older copy left half done goes before, for there may be no space for both.
         for partial in target.parent.glob("step_*.partial") if item.keep else ():
             if partial != partial_of(target):
                 remove_committed(partial, for_good=True)
-        manifest = manifest_of(item.path)
-        self.size = sum(file["size"] for file in manifest["files"].values())
         copy_committed(item.path, target, self._wrote, self._seen, for_good=True)
         if item.keep:
             rotate(target.parent, manifest["step"], item.keep, for_good=True)
@@ -241,7 +241,7 @@ class Mirror:
     def _postpone(self, item: Item, error: Exception) -> None:
         kind, sentence = self._describe(item, error)
         with self.changed:
-            item.failed, item.tries = sentence, item.tries + 1
+            item.failed, item.reason, item.tries = sentence, reason_of(error), item.tries + 1
             item.due = time.monotonic() + min(self.pause * 2 ** min(item.tries - 1, 20), self.longest_pause)
             if self.work <= item.most:
                 self.moved = self.before
@@ -290,6 +290,12 @@ class Mirror:
         return [item for item in (self.current, *self.queue.values()) if item]
 
 
+def _size_of(path: Path, manifest: dict[str, Any] | None) -> int:
+    if manifest is None:
+        return path.stat().st_size if path.exists() else 0
+    return sum(file["size"] for file in manifest["files"].values())
+
+
 def _write_status(path: Path, status: dict[str, Any]) -> None:
     # Not synced: after a crash nobody needs it.
     with contextlib.suppress(OSError):
@@ -312,12 +318,12 @@ def bring_back(local: Path, home: Path) -> list[str]:
     except OSError as error:
         if here is None:
             raise DbkitError(
-                f"{home} cannot be reached ({reason_of(error)}), and only there a saved state could be; mount it again, "
+                f"{home} cannot be reached ({reason_of(error)}), and a saved state could only be there; mount it again "
                 "or choose another output_dir"
             ) from error
         return [
-            f"{home} cannot be reached ({reason_of(error)}): the run goes on from step {here.step}, which {local} holds; "
-            "mount it again"
+            f"{home} cannot be reached ({reason_of(error)}): the run goes on from step {here.step}, which {local} "
+            "holds; mount it again"
         ]
     if there and (here is None or here.step < there.step):
         _fetch(local, there.folder, home)
@@ -340,7 +346,7 @@ def _fetch(local: Path, state: Path, home: Path) -> None:
     from tqdm import tqdm
 
     target = local / "resume" / state.name
-    total = sum(file["size"] for file in manifest_of(state)["files"].values())
+    total = _size_of(state, manifest_of(state))
     target.parent.mkdir(parents=True, exist_ok=True)
     require_space(local, total, "the saved state")
     with full_disk_is_a_sentence(local), tqdm(desc=f"bringing {state.name}", total=total, unit="B") as bar:
