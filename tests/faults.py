@@ -23,12 +23,14 @@ from pathlib import Path
 
 import pytest
 
-OPERATIONS = ("open write fsync rename unlink mkdir read stat close truncate list rmdir").split()
+OPERATIONS = ["open", "write", "fsync", "rename", "unlink", "mkdir", "read", "stat", "close", "truncate", "list"]
+OPERATIONS += ["rmdir"]
 # What an operation may do: fail before it does anything; be done although it says EIO, as a network's file system may;
 # hand over or take only half of the bytes; change a bit of them and say nothing; wait.
 FAULTS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "ENOTCONN": errno.ENOTCONN, "ESTALE": errno.ESTALE}
 FAULTS |= {"short": -1, "corrupt": -2, "stall": -3, "unanswered": -4}
-FIELDS = "operation fault at times milliseconds spare_main calls hits stalled released generation last".split()
+FIELDS = ["operation", "fault", "at", "times", "milliseconds", "spare_main"]
+FIELDS += ["calls", "hits", "stalled", "released", "generation", "last"]
 
 
 def _field(name):

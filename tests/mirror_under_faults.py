@@ -158,15 +158,14 @@ def every_moment(folder):
     faults.set("any", "stall", times=-1)
     mirror = place.mirror()
     place.queue_all(mirror)
-    steps, snapshot = [], folder / "snapshot"
+    steps, snapshot, before = [], folder / "snapshot", 0
     while True:
-        faults.wait_for(lambda: faults.stalled or not (mirror.queue or mirror.busy))
-        if not faults.stalled:
+        faults.wait_for(lambda before=before: faults.hits > before or not (mirror.queue or mirror.busy))
+        if faults.hits == before:
             break
+        before = faults.hits
         steps.append(place_after_a_kill(place, snapshot))
-        faults.stalled, hits = 0, faults.hits
         faults.release()
-        faults.wait_for(lambda hits=hits: faults.hits > hits or not (mirror.queue or mirror.busy))
     faults.clear()
     assert mirror.close() == []
     place.check_all_is_there()

@@ -16,7 +16,8 @@ LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
     libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
     captioning examples models sampling class_images cache losses checkpoint copies mirror resume trackers log
-    optimizers lora ema state auto preview evaluate hub planning train keys families convert demo suggestions forms editor cli
+    optimizers lora ema state auto preview evaluate hub planning train keys families convert demo suggestions forms
+    editor cli
 """
 ORDER = LISTED.split()
 
