@@ -7,7 +7,10 @@ against its manifest first.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+# The manifest's name while the folder's files come or go: it is no checkpoint, and yet its files are known.
+DRAFT = "manifest.json.partial"
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
                 name = path.relative_to(partial).as_posix()
                 listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
             # Inside the temporary folder, so that a kill leaves no folder of the final name without its manifest.
-            write_text(partial / MANIFEST, json.dumps({"step": step, "facts": facts, "files": listed}, indent=1))
+            write_text(partial / MANIFEST, manifest_text(step, facts, listed))
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -77,82 +82,125 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
     return Checkpoint(folder, step, facts)
 
 
-def find_fault(folder: Path, step: int | None = None) -> str | None:
-    """Why a folder is no valid checkpoint (of that step), in a few words; None if all is as its manifest says."""
-    manifest = _manifest(folder)
-    if manifest is None:
+def find_fault(folder: Path, step: int | None = None, seen: Callable[[int], None] | None = None) -> str | None:
+    """Why a folder is no valid checkpoint (of that step), in a few words; None if all is as its manifest says.
+
+    `seen` is told of each block of bytes that was read.
+    """
+    try:
+        return _find_fault(folder, step, seen)
+    except OSError as error:
+        # Of a bad spot some disks say so where others give wrong bytes. A disk that is gone is no fault of the folder.
+        if error.errno != errno.EIO:
+            raise
+        return f"it cannot be read ({error.strerror})"
+
+
+def _find_fault(folder: Path, step: int | None, seen: Callable[[int], None] | None) -> str | None:
+    if not (folder / MANIFEST).is_file():
         return "it has no readable manifest, so it was never finished"
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return f"it has no readable manifest: {MANIFEST} has changed or is damaged"
     if step is not None and manifest["step"] != step:
         return f"it is of step {manifest['step']}"
     for name, wanted in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != wanted["size"] or sha256(path) != wanted["sha256"]:
+        if path.stat().st_size != wanted["size"] or sha256(path, seen) != wanted["sha256"]:
             return f"{name} has changed or is damaged"
     return None
 
 
-def _manifest(folder: Path) -> dict[str, Any] | None:
+def manifest_text(step: int, facts: dict[str, Any], files: dict[str, Any]) -> str:
+    """A manifest as it is written, with the SHA-256 of the rest of it at its end."""
+    content = {"step": step, "facts": facts, "files": files}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=1)
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any] | None:
+    """The manifest of a folder; None if there is none, or a byte of it is not as it was written."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / name).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         step, facts, files = manifest["step"], manifest["facts"], manifest["files"]
+        # The first manifests had no hash of their own.
+        rest = json.dumps({"step": step, "facts": facts, "files": files}, indent=1)
+        written = manifest_text(step, facts, files) if "sha256" in manifest else rest
         whole = (
-            isinstance(step, int)
+            text == written
+            and isinstance(step, int)
             and isinstance(facts, dict)
             and all({"size", "sha256"} <= f.keys() for f in files.values())
+            # Names lead nowhere else: what a manifest lists may be deleted.
+            and not any(Path(name).is_absolute() or ".." in Path(name).parts for name in files)
         )
         return manifest if whole else None
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, AttributeError, KeyError, TypeError):
         return None
 
 
 def newest_valid(parent: Path) -> tuple[Checkpoint | None, list[str]]:
     """The valid checkpoint with the highest step, or None, and a sentence for each newer one that was skipped."""
     skipped = []
-    for step, folder in sorted(_by_step(parent).items(), reverse=True):
+    for step, folder in sorted(by_step(parent).items(), reverse=True):
         fault = find_fault(folder, step)
         if fault is None:
-            manifest = _manifest(folder)
+            manifest = read_manifest(folder)
             return Checkpoint(folder, manifest["step"], manifest["facts"]), skipped
         skipped.append(f"skipping {folder}: {fault}")
     return None, skipped
 
 
-def rotate(parent: Path, newest: int, keep: int) -> None:
+def rotate(
+    parent: Path, newest: int, keep: int, spare: Callable[[Path], bool] | None = None, for_good: bool = False
+) -> None:
     """Remove what is older than the last `keep` checkpoints up to `newest`, which was just verified, and leftovers.
 
-    Folders of later steps are damaged, or of steps that are taken again: they must not push out a good one.
+    Folders of later steps are damaged, or of steps that are taken again: they must not push out a good one. What
+    `spare` says yes to stays until the next time. `for_good` is that of remove_committed().
     """
-    folders = _by_step(parent)
+    folders = by_step(parent)
     kept = [step for step in sorted(folders) if step <= newest and (folders[step] / MANIFEST).is_file()][-keep:]
     for step, folder in folders.items():
-        if step < kept[0]:
-            remove_committed(folder)
+        if step < kept[0] and not (spare and spare(folder)):
+            remove_committed(folder, for_good)
     for partial in parent.glob("step_*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+        remove_committed(partial, for_good)
 
 
-def _by_step(parent: Path) -> dict[int, Path]:
+def by_step(parent: Path) -> dict[int, Path]:
     """The folders that step_folder() names; copies that someone made beside them are not ours."""
     found = ((folder, re.fullmatch(r"step_(\d{6,})", folder.name)) for folder in parent.glob("step_*"))
     return {int(match[1]): folder for folder, match in found if match and folder.is_dir()}
 
 
-def remove_committed(folder: Path) -> None:
-    """Delete what was committed in a folder; a file that someone else put there stays, in the folder moved aside."""
-    listed = (_manifest(folder) or {"files": {}})["files"]
-    # The manifest goes first: a kill in between leaves something that nobody takes for a checkpoint.
-    (folder / MANIFEST).unlink(missing_ok=True)
+def remove_committed(folder: Path, for_good: bool = False) -> None:
+    """Delete what was committed in a folder; a file that someone else put there stays, in the folder moved aside.
+
+    With `for_good` the files are emptied first: what is deleted in Google Drive goes to its trash, which counts. That
+    cannot be undone, so it is for files that a manifest lists.
+    """
+    if (folder / MANIFEST).exists():
+        (folder / MANIFEST).replace(folder / DRAFT)
+    listed = (read_manifest(folder, DRAFT) or {"files": {}})["files"]
     strangers = [
-        path for path in folder.rglob("*") if path.is_file() and path.relative_to(folder).as_posix() not in listed
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.relative_to(folder).as_posix() not in {*listed, DRAFT}
     ]
-    if not listed or not strangers:
-        shutil.rmtree(folder)
-        return
     for name in listed:
+        # A link may lead to a file that is not ours.
+        if for_good and (folder / name).is_file() and not (folder / name).is_symlink():
+            os.truncate(folder / name, 0)
         (folder / name).unlink(missing_ok=True)
-    print(f"files that dbkit did not make are kept in {move_aside(folder)}")
+    if listed and strangers:
+        (folder / DRAFT).unlink(missing_ok=True)
+        print(f"files that dbkit did not make are kept in {move_aside(folder)}")
+    else:
+        shutil.rmtree(folder)
 
 
 def save_state(

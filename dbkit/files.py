@@ -10,7 +10,7 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from dbkit.errors import DbkitError
 # Characters that Windows refuses in names. Everything else, in any script, stays.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -55,7 +55,7 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # safetensors reports the system's error inside its own exception type.
-        if getattr(error, "errno", None) in _FULL or os.strerror(errno.ENOSPC) in str(error):
+        if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
             free = shutil.disk_usage(_existing(folder)).free
             raise DbkitError(
                 f"the disk of {folder} is full ({size(free)} free); free some space there, then run the "
@@ -114,12 +114,14 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def sha256(path: Path, seen: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of a file, in hexadecimal. `seen` is told how many bytes each block has."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            if seen:
+                seen(len(block))
     return digest.hexdigest()
 
 

@@ -11,11 +11,14 @@ import torch
 
 from dbkit import DbkitError
 from dbkit.checkpoint import (
+    DRAFT,
     MANIFEST,
     commit,
     find_fault,
     load_state,
+    manifest_text,
     newest_valid,
+    remove_committed,
     rotate,
     save_state,
     step_folder,
@@ -80,6 +83,103 @@ def test_a_damaged_checkpoint_is_skipped_and_named_with_the_reason(tmp_path, dam
     assert found.step == 4
     assert len(skipped) == 1
     assert skipped[0].startswith(f"skipping {tmp_path / 'step_000008'}: {fault}")
+
+
+def write_real(folder):
+    """A file of each kind that a training commits."""
+    linear = torch.nn.Linear(3, 2)
+    save_state(folder, {"unet": linear}, {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "scaler": {}})
+    (folder / "vae").mkdir()
+    (folder / "vae" / "config.json").write_text('{"latent_channels": 4}')
+    (folder / "merges.txt").write_text("e d</w>\n")
+
+
+def test_any_byte_that_changes_in_any_file_is_noticed_and_the_one_before_is_used(tmp_path):
+    commit_step(tmp_path, 4)
+    folder = commit_step(tmp_path, 8, write_real).folder
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert len(files) == 6
+    for path in files:
+        content = path.read_bytes()
+        # Every byte of the manifest, of the others some; of each byte one bit, in turn.
+        stride = 1 if path.name == MANIFEST else 1 + len(content) // 40
+        for position in range(0, len(content), stride):
+            change(path, position, content[position] ^ 1 << position % 8)
+            found, (skipped,) = newest_valid(tmp_path)
+            assert found.step == 4, (path, position)
+            assert skipped.startswith(f"skipping {folder}: ")
+            change(path, position, content[position])
+    assert newest_valid(tmp_path)[0].step == 8
+
+
+def change(path, position, byte):
+    with path.open("r+b") as file:
+        file.seek(position)
+        file.write(bytes([byte]))
+
+
+def test_a_manifest_of_before_it_had_a_hash_of_its_own_is_read(tmp_path):
+    folder = commit_step(tmp_path, 4).folder
+    manifest = json.loads((folder / MANIFEST).read_text())
+    del manifest["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    assert newest_valid(tmp_path)[0].step == 4
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "sha257": "0"}, indent=1))
+    assert newest_valid(tmp_path)[0] is None
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path):
+    folder = commit_step(tmp_path, 4).folder
+    entry = json.loads((folder / MANIFEST).read_text())["files"]["state"]
+    (tmp_path / "mine").write_bytes((folder / "state").read_bytes())
+    for name in ("../mine", str(tmp_path / "mine")):
+        (folder / MANIFEST).write_text(manifest_text(4, {}, {name: entry}))
+        assert find_fault(folder) is not None
+    remove_committed(folder)
+    assert (tmp_path / "mine").exists()
+
+
+def test_what_is_spared_goes_at_the_next_rotation(tmp_path):
+    for step in (2, 4, 6):
+        commit_step(tmp_path, step)
+    rotate(tmp_path, 6, keep=1, spare=lambda folder: folder.name == "step_000002")
+    assert names(tmp_path) == ["step_000002", "step_000006"]
+    rotate(tmp_path, 6, keep=1)
+    assert names(tmp_path) == ["step_000006"]
+
+
+def test_what_is_deleted_for_good_is_emptied_first_and_only_what_the_manifest_lists(tmp_path):
+    folder = commit_step(tmp_path, 4).folder
+    (folder / "notes.txt").write_text("precious")
+    for name in ("unet/weights", "state"):
+        os.link(folder / name, tmp_path / name.replace("/", "-"))
+    os.link(folder / "notes.txt", tmp_path / "notes")
+    commit_step(tmp_path, 6)
+    rotate(tmp_path, 6, keep=1, for_good=True)
+    assert [(tmp_path / name).stat().st_size for name in ("unet-weights", "state", "notes")] == [0, 0, 8]
+    assert (tmp_path / "step_000004-1" / "notes.txt").read_text() == "precious"
+
+
+def test_what_a_link_leads_to_is_not_emptied(tmp_path):
+    folder = commit_step(tmp_path, 4).folder
+    (folder / "state").rename(tmp_path / "mine")
+    (folder / "state").symlink_to(tmp_path / "mine")
+    remove_committed(folder, for_good=True)
+    assert ((tmp_path / "mine").stat().st_size, folder.exists()) == (300, False)
+
+
+@pytest.mark.parametrize("for_good", [False, True])
+def test_a_removal_that_was_cut_short_is_finished_later(tmp_path, for_good):
+    folder = commit_step(tmp_path, 4).folder
+    (folder / "notes.txt").write_text("precious")
+    # A kill after the manifest lost its name and one file went.
+    (folder / MANIFEST).rename(folder / DRAFT)
+    (folder / "state").unlink()
+    assert newest_valid(tmp_path)[0] is None
+    commit_step(tmp_path, 6)
+    rotate(tmp_path, 6, keep=1, for_good=for_good)
+    assert names(tmp_path) == ["step_000004-1", "step_000006"]
+    assert [path.name for path in (tmp_path / "step_000004-1").rglob("*") if path.is_file()] == ["notes.txt"]
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path):
