@@ -37,12 +37,16 @@ class Saved:
 
 @dataclass(frozen=True)
 class Place:
-    """What one folder of a run holds: states to resume from and usable checkpoints by step, the finished model."""
+    """What one folder of a run holds: states to resume from and usable checkpoints by step, the finished model.
+
+    unreadable is the system's reason where the folder cannot be read, as that of a Drive that is gone.
+    """
 
     folder: Path
     states: list[Saved]
     checkpoints: list[Saved]
     model: Saved | None
+    unreadable: str | None = None
 
     @property
     def last(self) -> Saved | None:
@@ -121,7 +125,10 @@ def find_local(run: Path) -> tuple[Path, Path | None]:
 
 
 def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve()
+    try:
+        return one.resolve() == other.resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or no path at all
+        return False
 
 
 def read_mirror(folder: Path) -> Mirror | None:
@@ -148,13 +155,12 @@ def _age(then: float) -> float:
 
 def read_place(folder: Path, verify: bool) -> Place:
     """What a folder of a run holds. Files are there in the right size, or with verify have the right SHA-256."""
-    model = folder / "model"
-    return Place(
-        folder,
-        _committed(folder / "resume", verify),
-        _committed(folder / "checkpoints", verify),
-        _read_saved(model, None, verify) if model.is_dir() else None,
-    )
+    try:
+        states, checkpoints = (_committed(folder / name, verify) for name in ("resume", "checkpoints"))
+        model = _read_saved(folder / "model", None, verify) if (folder / "model").is_dir() else None
+    except OSError as error:
+        return Place(folder, [], [], None, error.strerror)
+    return Place(folder, states, checkpoints, model)
 
 
 def _committed(parent: Path, verify: bool) -> list[Saved]:
@@ -182,7 +188,7 @@ def _read_saved(folder: Path, step: int | None, verify: bool) -> Saved:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         sizes = {str(name): int(facts["size"]) for name, facts in manifest["files"].items()}
         saved = Saved(folder, int(manifest["step"]), sum(sizes.values()), _age(_modified(folder / MANIFEST)))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError):
         return Saved(folder, step or 0, fault=_NEVER_FINISHED)
     try:
         fault = find_fault(folder, step) if verify else _find_wrong_size(folder, sizes)
@@ -227,14 +233,17 @@ def total_steps(folder: Path) -> int | None:
 
 
 def finite(value: object) -> bool:
-    """Whether a value that a file holds is a number one can reckon with."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value of a log is a number that one can reckon with."""
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def newest_preview(folder: Path) -> Path | None:
     """The preview picture of the highest step."""
     # Names are padded to six digits: a longer one is of a higher step.
-    return max((folder / "previews").glob("step_*.png"), key=lambda path: (len(path.name), path.name), default=None)
+    try:
+        return max((folder / "previews").glob("step_*.png"), key=lambda path: (len(path.name), path.name), default=None)
+    except OSError:
+        return None
 
 
 def is_locked(folder: Path) -> bool | None:

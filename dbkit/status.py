@@ -112,7 +112,8 @@ class RunStatus:
             yield "log written", f"{duration(self.log_age)} ago"
         yield from self._saved_rows(self.place)
         if not self.finished:
-            more = f"; {self.lost_steps_without_local} if this machine's disk went too" if self.local else ""
+            apart = self.local and not self.home.unreadable
+            more = f"; {self.lost_steps_without_local} if this machine's disk went too" if apart else ""
             yield "steps lost if it stopped now", f"{self.lost_steps}{more}"
         if self.local:
             yield "home", str(self.home.folder)
@@ -123,6 +124,9 @@ class RunStatus:
             yield "newest preview", str(self.newest_preview)
 
     def _saved_rows(self, place: Place, where: str = "") -> Iterator[tuple[str, str]]:
+        if place.unreadable:
+            yield f"last saved state{where}", f"unknown, the folder cannot be read ({place.unreadable})"
+            return
         checked = "verified" if self.verified else "sizes are right"
         last = place.last
         told = last and f"step {last.step}, {duration(last.age)} ago, {size(last.size)}, {checked}"
@@ -189,7 +193,7 @@ def _mirror_rows(mirror: Mirror, elsewhere: bool) -> Iterator[tuple[str, str]]:
 def duration(seconds: float) -> str:
     """A time in plain words: 12 s, 3 min, 2 h 5 min, 3 days."""
     minutes = round(seconds / 60)
-    if seconds < 60:
+    if seconds < 59.5:
         return f"{seconds:.0f} s"
     if minutes < 60:
         return f"{minutes} min"
