@@ -168,9 +168,10 @@ def _committed(parent: Path, verify: bool) -> list[Saved]:
     folders, found = _by_step(parent), []
     for _ in range(5):
         found = [_read_saved(folder, step, verify) for step, folder in sorted(folders.items())]
+        whole = bool(found) and not any(saved.fault for saved in found)
         # What was committed or rotated away meanwhile would look damaged, or be missed: look again.
         before, folders = folders, _by_step(parent)
-        if before == folders or not any(saved.fault for saved in found):
+        if whole or before == folders:
             break
     oldest = min((saved.step for saved in found if not saved.fault), default=-1)
     # Rotation takes the manifest first: an older folder without one is being removed, and no damage.

@@ -111,9 +111,9 @@ class RunStatus:
         if self.log_age is not None:
             yield "log written", f"{duration(self.log_age)} ago"
         yield from self._saved_rows(self.place)
-        if not self.finished:
-            apart = self.local and not self.home.unreadable
-            more = f"; {self.lost_steps_without_local} if this machine's disk went too" if apart else ""
+        at_home = self.lost_steps if self.home.unreadable else self.lost_steps_without_local
+        if not self.finished or at_home:
+            more = f"; {at_home} if this machine's disk went too" if at_home != self.lost_steps else ""
             yield "steps lost if it stopped now", f"{self.lost_steps}{more}"
         if self.local:
             yield "home", str(self.home.folder)
@@ -216,7 +216,10 @@ def _sparkline(losses: list[tuple[int, float]], width: int = 32) -> str:
 
 
 def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120) -> str:
-    """The loss by step as an SVG picture; words and axes take the colour of the text around it, light or dark."""
+    """The loss by step as an SVG picture, pale, and over it the mean of the last points, which shows where it goes.
+
+    Words and axes take the colour of the text around the picture, so that it suits light and dark pages.
+    """
     if len(losses) < 2:
         return ""
     points = _means(losses, 120)
@@ -224,10 +227,16 @@ def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120)
     low, high = min(loss for _, loss in points), max(loss for _, loss in points)
     left, top, right, bottom = 56, 10, width - 10, height - 22
     steps, span = (last - first) or 1, (high - low) or 1
-    places = " ".join(
-        f"{left + (step - first) / steps * (right - left):.1f},{bottom - (loss - low) / span * (bottom - top):.1f}"
-        for step, loss in points
-    )
+    lines = ""
+    for width_of_mean, opacity in ((1, 0.35), (_RECENT, 1)):
+        # The loss of one step is mostly that of its random timesteps.
+        recent = [[loss for _, loss in points[max(0, i + 1 - width_of_mean) : i + 1]] for i in range(len(points))]
+        places = " ".join(
+            f"{left + (step - first) / steps * (right - left):.1f},"
+            f"{bottom - (sum(losses) / len(losses) - low) / span * (bottom - top):.1f}"
+            for (step, _), losses in zip(points, recent)
+        )
+        lines += f'<polyline points="{places}" fill="none" stroke="#3b82f6" stroke-width="2" opacity="{opacity}"/>'
     labels = (
         (left - 6, top + 4, "end", f"{high:.3g}"),
         (left - 6, bottom + 4, "end", f"{low:.3g}"),
@@ -239,8 +248,7 @@ def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120)
         f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
         f'aria-label="loss from step {first} to {last}" style="max-width:100%;display:block">'
         f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity="0.35"/>'
-        f'<polyline points="{places}" fill="none" stroke="#3b82f6" stroke-width="2" stroke-linejoin="round"/>'
-        f'<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
+        f'{lines}<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
     )
 
 

@@ -267,15 +267,18 @@ def test_in_a_notebook_it_is_a_table_with_the_curve_and_names_are_text(run):
     rows = {row[0].text: row[1].text for row in page.iter("tr")}
     assert rows["folder"] == str(run)
     assert rows["steps lost if it stopped now"] == "2"
-    (line,) = page.iter("polyline")
-    assert len(line.get("points").split()) == 6
+    assert [len(line.get("points").split()) for line in page.iter("polyline")] == [6, 6]
 
 
 def test_the_curve_goes_from_the_first_step_to_the_last_and_up_where_the_loss_is_high():
-    (line,) = ElementTree.fromstring(_curve([(1, 0.5), (3, 1.0), (5, 0.0)])).iter("polyline")
-    (x1, y1), (x2, y2), (x3, y3) = (map(float, point.split(",")) for point in line.get("points").split())
+    lines = ElementTree.fromstring(_curve([(1, 0.5), (3, 1.0), (5, 0.0)])).iter("polyline")
+    losses, means = ([[*map(float, point.split(","))] for point in line.get("points").split()] for line in lines)
+    (x1, y1), (x2, y2), (x3, y3) = losses
     assert x2 - x1 == pytest.approx(x3 - x2) and x1 < x2
     assert y2 < y1 < y3 and y1 - y2 == pytest.approx(y3 - y1)
+    # The means of 0.5; 0.5 and 1; all three.
+    assert [x for x, _ in means] == [x1, x2, x3]
+    assert [y for _, y in means] == pytest.approx([y1, (y1 + y2) / 2, y1])
     assert "nan" not in _curve([(1, 0.5), (1, 0.5)])
 
 
@@ -360,6 +363,17 @@ def test_a_run_that_is_copied_home_shows_both_places_whichever_is_asked_for(mirr
         "  copying failed: the Drive is full; free some space",
         f"  newest preview: {local / 'previews' / 'step_000004.png'}",
     ]
+
+
+def test_a_finished_run_that_is_not_home_yet_says_what_this_disk_alone_holds(mirrored):
+    home, local = mirrored
+    commit(local / "model", 8, lambda partial: (partial / "a").write_bytes(b"12345"), {})
+    lines = lines_of(status(home))
+    assert lines[0] == "dog: step 8 of 8 (100%), finished"
+    assert "  steps lost if it stopped now: 0; 4 if this machine's disk went too" in lines
+    shutil.rmtree(home / "model")
+    shutil.copytree(local / "model", home / "model")
+    assert not any("steps lost" in line for line in lines_of(status(home)))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there the lock cannot be looked at")
