@@ -1,8 +1,8 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
 Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
-came of it, and merge() puts a LoRA into its model. Each takes its settings object, or the settings by name. Heavy
-libraries are imported when a function is called.
+came of it, merge() puts a LoRA into its model, and status() tells how far a run is. Each takes its settings object, or
+the settings by name. Heavy libraries are imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -16,6 +16,7 @@ from dbkit.config import (
     MergeConfig,
     PrepareConfig,
     PreviewConfig,
+    StatusConfig,
     TrainConfig,
 )
 from dbkit.convert import convert
@@ -25,6 +26,7 @@ from dbkit.evaluate import evaluate
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
 from dbkit.preview import preview
+from dbkit.status import RunStatus, status
 from dbkit.train import train
 from dbkit.workspace import describe_machine, open_workspace
 
@@ -39,6 +41,8 @@ __all__ = [
     "MergeConfig",
     "PrepareConfig",
     "PreviewConfig",
+    "RunStatus",
+    "StatusConfig",
     "TrainConfig",
     "caption_dataset",
     "check_identifier",
@@ -50,5 +54,6 @@ __all__ = [
     "open_workspace",
     "prepare_dataset",
     "preview",
+    "status",
     "train",
 ]

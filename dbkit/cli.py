@@ -28,6 +28,7 @@ _FUNCTIONS = {
     "evaluate": ("dbkit.evaluate", "evaluate"),
     "merge": ("dbkit.lora", "merge"),
     "convert": ("dbkit.convert", "convert"),
+    "status": ("dbkit.status", "status"),
     "demo": ("dbkit.demo", "demo"),
 }
 

@@ -271,6 +271,18 @@ class MergeConfig(Settings):
 
 
 @dataclass(frozen=True)
+class StatusConfig(Settings):
+    """Say how far a run is and what of it is safe, from its files alone, while it trains or later."""
+
+    run: Path | None = setting(
+        None, "folder of the run; empty: the run of the workspace that was worked on last", positional=True
+    )
+    verify: bool = setting(
+        False, "compare the SHA-256 of every saved file; off: only look whether all are there in the right size"
+    )
+
+
+@dataclass(frozen=True)
 class DemoConfig(Settings):
     """Teach the embedded model a subject: prepare, class images, train, pictures before and after, convert."""
 
@@ -288,5 +300,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
     "convert": ConvertConfig,
+    "status": StatusConfig,
     "demo": DemoConfig,
 }

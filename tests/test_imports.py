@@ -16,6 +16,7 @@ LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
     libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
     captioning examples models sampling class_images cache losses checkpoint copies mirror resume trackers log
+    run_folder status saves
     optimizers lora ema state auto preview evaluate hub planning train keys families convert demo suggestions forms
     editor cli
 """
@@ -93,6 +94,11 @@ def test_importing_dbkit_loads_nothing_heavy():
 def test_what_the_command_line_only_says_loads_nothing_heavy(arguments):
     code = f"from dbkit.cli import main\ntry:\n    main({arguments})\nexcept SystemExit:\n    pass"
     assert heavy_after(code) == "[]"
+
+
+def test_the_status_of_a_run_loads_what_reads_its_settings_and_nothing_heavy(tmp_path):
+    (tmp_path / "settings.yaml").write_text("max_train_steps: 8\n")
+    assert heavy_after(f"from dbkit.cli import main\nassert main(['status', {str(tmp_path)!r}]) == 0") == "['yaml']"
 
 
 def test_a_heavy_module_would_be_noticed():

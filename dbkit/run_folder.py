@@ -1,0 +1,270 @@
+"""What a run's folder holds, read while a training may be writing, renaming and deleting there; nothing is written.
+
+Reading a file that is gone by then is no error here: it is as if it had not been there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbkit.checkpoint import MANIFEST, find_fault
+from dbkit.errors import DbkitError
+from dbkit.log import read_log
+from dbkit.settings import closest, read_yaml
+from dbkit.workspace import default_folder
+
+MIRROR = "mirror.json"
+_MARKS = ("settings.yaml", "log.jsonl", "resume", MIRROR)
+_NEVER_FINISHED = "it has no readable manifest, so it was never finished"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A committed folder: its step, size in bytes, age in seconds, and why it cannot be used (None: it can)."""
+
+    folder: Path
+    step: int
+    size: int = 0
+    age: float = 0.0
+    fault: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """What one folder of a run holds: states to resume from and usable checkpoints by step, the finished model.
+
+    unreadable is the system's reason where the folder cannot be read, as that of a Drive that is gone.
+    """
+
+    folder: Path
+    states: list[Saved]
+    checkpoints: list[Saved]
+    model: Saved | None
+    unreadable: str | None = None
+
+    @property
+    def last(self) -> Saved | None:
+        """The newest valid state, from which training would go on."""
+        return next((state for state in reversed(self.states) if not state.fault), None)
+
+    @property
+    def damaged(self) -> list[Saved]:
+        """What was saved and cannot be used."""
+        return [saved for saved in (*self.states, *self.checkpoints, self.model) if saved and saved.fault]
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """The copying of commits from a local folder to the run's home, as mirror.json said `age` seconds ago.
+
+    copying is (name, bytes done, bytes in all) of what is being copied; failed is a sentence.
+    """
+
+    home: Path
+    local: Path
+    copying: tuple[str, int, int] | None
+    waiting: list[str]
+    failed: str | None
+    age: float
+
+
+def find_run(run: Path | None) -> Path:
+    """The folder of a run; None: of the one in the workspace that was worked on last. Raises DbkitError without one."""
+    if run is None:
+        folder = default_folder() / "runs"
+        runs = [folder / name for name in _runs(folder)]
+        if not runs:
+            raise DbkitError(f"there is no run in {folder} yet; train one, or give the folder of a run")
+        return max(runs, key=lambda path: max(_modified(path / name) for name in _MARKS))
+    run = run.absolute()
+    if _is_run(run):
+        return run
+    if not run.exists():
+        raise DbkitError(f"there is no run {run}{closest(run.name, _runs(run.parent)) or '; check the path'}")
+    inside = _runs(run)
+    hint = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the output_dir of a training"
+    raise DbkitError(f"{run} is no folder of a run; {hint}")
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in _MARKS)
+
+
+def _runs(folder: Path) -> list[str]:
+    try:
+        return sorted(path.name for path in folder.iterdir() if _is_run(path))
+    except OSError:
+        return []
+
+
+def _modified(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 if it is not there."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def find_local(run: Path) -> tuple[Path, Path | None]:
+    """(home, local): where a run's commits are kept, and the folder of this machine where a training of it works.
+
+    Each folder's mirror.json names both, and only where the two agree are they one run: on another machine, or after a
+    new start, the local folder is not there or of another run.
+    """
+    said = read_mirror(run)
+    if said and _same(said.local, run) and not _same(said.home, run):
+        return said.home, run
+    own = read_mirror(said.local) if said and not _same(said.local, run) else None
+    return run, said.local if own and _same(own.home, run) else None
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve()
+    except (OSError, ValueError, RuntimeError):  # a loop of links, or no path at all
+        return False
+
+
+def read_mirror(folder: Path) -> Mirror | None:
+    """What a folder's mirror.json says; None if there is none or it is damaged."""
+    try:
+        facts = json.loads((folder / MIRROR).read_text(encoding="utf-8"))
+        now = facts["copying"]
+        return Mirror(
+            home=Path(facts["home"]),
+            local=Path(facts["local"]),
+            copying=now and (str(now["name"]), int(now["done"]), int(now["size"])),
+            waiting=[str(name) for name in facts["waiting"]],
+            failed=facts["failed"] and str(facts["failed"]),
+            age=_age(float(facts["updated"])),
+        )
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        return None
+
+
+def _age(then: float) -> float:
+    """Seconds since then; 0 where the clock of who wrote it is ahead."""
+    return max(0.0, time.time() - then)
+
+
+def read_place(folder: Path, verify: bool) -> Place:
+    """What a folder of a run holds. Files are there in the right size, or with verify have the right SHA-256."""
+    try:
+        states, checkpoints = (_committed(folder / name, verify) for name in ("resume", "checkpoints"))
+        model = _read_saved(folder / "model", None, verify) if (folder / "model").is_dir() else None
+    except OSError as error:
+        return Place(folder, [], [], None, error.strerror)
+    return Place(folder, states, checkpoints, model)
+
+
+def _committed(parent: Path, verify: bool) -> list[Saved]:
+    """What was committed in a folder, by step."""
+    folders, found = _by_step(parent), []
+    for _ in range(5):
+        found = [_read_saved(folder, step, verify) for step, folder in sorted(folders.items())]
+        whole = bool(found) and not any(saved.fault for saved in found)
+        # What was committed or rotated away meanwhile would look damaged, or be missed: look again.
+        before, folders = folders, _by_step(parent)
+        if whole or before == folders:
+            break
+    oldest = min((saved.step for saved in found if not saved.fault), default=-1)
+    # Rotation takes the manifest first: an older folder without one is being removed, and no damage.
+    return [s for s in found if not s.fault or s.step > oldest or (s.folder / MANIFEST).exists()]
+
+
+def _by_step(parent: Path) -> dict[int, Path]:
+    found = ((folder, re.fullmatch(r"step_(\d{6,})", folder.name)) for folder in parent.glob("step_*"))
+    return {int(match[1]): folder for folder, match in found if match and folder.is_dir()}
+
+
+def _read_saved(folder: Path, step: int | None, verify: bool) -> Saved:
+    """One committed folder by its manifest; step is the one that its name says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        sizes = {str(name): int(facts["size"]) for name, facts in manifest["files"].items()}
+        saved = Saved(folder, int(manifest["step"]), sum(sizes.values()), _age(_modified(folder / MANIFEST)))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError):
+        return Saved(folder, step or 0, fault=_NEVER_FINISHED)
+    try:
+        fault = find_fault(folder, step) if verify else _find_wrong_size(folder, sizes)
+    except OSError as error:
+        fault = f"it cannot be read ({error.strerror})"
+    if step is not None and saved.step != step:
+        fault = f"it is of step {saved.step}"
+    return Saved(folder, saved.step if step is None else step, saved.size, saved.age, fault)
+
+
+def _find_wrong_size(folder: Path, sizes: dict[str, int]) -> str | None:
+    for name, wanted in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != wanted:
+            return f"{name} has changed or is damaged"
+    return None
+
+
+def read_lines(folder: Path) -> list[dict]:
+    """The lines of the log; none where it cannot be read."""
+    try:
+        return read_log(folder / "log.jsonl")
+    except OSError:
+        return []
+
+
+def log_age(folder: Path) -> float | None:
+    """Seconds since the log was written; None if there is none."""
+    written = _modified(folder / "log.jsonl")
+    return _age(written) if written else None
+
+
+def total_steps(folder: Path) -> int | None:
+    """How many optimizer steps the settings ask for; None where they give epochs, or cannot be read."""
+    try:
+        total = read_yaml(folder / "settings.yaml").get("max_train_steps")
+    except (DbkitError, OSError):
+        return None
+    return total if isinstance(total, int) and total > 0 else None
+
+
+def finite(value: object) -> bool:
+    """Whether a value of a log is a number that one can reckon with."""
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def newest_preview(folder: Path) -> Path | None:
+    """The preview picture of the highest step."""
+    # Names are padded to six digits: a longer one is of a higher step.
+    try:
+        return max((folder / "previews").glob("step_*.png"), key=lambda path: (len(path.name), path.name), default=None)
+    except OSError:
+        return None
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process of this machine holds the lock of files.one_process(); None where that cannot be told."""
+    try:
+        file = folder.with_name(f".{folder.name}.lock").open("rb")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    with file:
+        if os.name == "nt":
+            return None
+        import fcntl
+
+        try:
+            # Shared and for an instant only: two that look do not take each other for a training.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
+    return False

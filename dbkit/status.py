@@ -1,0 +1,264 @@
+"""status(): how far a run is and what of it is safe, from its files alone, whether or not a training is at work."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbkit import run_folder
+from dbkit.config import StatusConfig
+from dbkit.errors import DbkitError
+from dbkit.files import size
+from dbkit.images import read_image
+from dbkit.run_folder import Mirror, Place
+from dbkit.settings import configured_by
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+# How many lines of the log count for what is said of now.
+_RECENT = 10
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """How far a run is and what of it is safe. Shows itself as text, and in a notebook as a table with the loss curve.
+
+    home is where the run's commits are kept; local is the folder of this machine where a training works that copies
+    them there, None where home is the only place. step and total are optimizer steps; total is None where the files do
+    not say it, at_work where this system cannot tell. losses are (step, loss) by the log, log_age is in seconds.
+    verified: SHA-256 were compared, not sizes alone.
+    """
+
+    home: Place
+    local: Place | None
+    step: int
+    total: int | None
+    finished: bool
+    at_work: bool | None
+    losses: list[tuple[int, float]]
+    seconds_per_step: float | None
+    log_age: float | None
+    mirror: Mirror | None
+    newest_preview: Path | None
+    verified: bool
+
+    @property
+    def place(self) -> Place:
+        """Where the training works."""
+        return self.local or self.home
+
+    @property
+    def loss(self) -> float | None:
+        """The mean of the last losses in the log."""
+        recent = [loss for _, loss in self.losses[-_RECENT:]]
+        return sum(recent) / len(recent) if recent else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the steps that are left take at the speed of the log; None where that is not known."""
+        if self.finished or not self.total or self.seconds_per_step is None:
+            return None
+        return max(0, self.total - self.step) * self.seconds_per_step
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that would be taken again if the training were killed now."""
+        return self._steps_after(self.place)
+
+    @property
+    def lost_steps_without_local(self) -> int:
+        """Steps that would be taken again if this machine's disk went too, as Colab's does."""
+        return self._steps_after(self.home)
+
+    def _steps_after(self, place: Place) -> int:
+        safe = [saved.step for saved in (place.last, place.model) if saved and not saved.fault]
+        return max(0, self.step - max(safe, default=0))
+
+    def __str__(self) -> str:
+        lines = [self._head()]
+        for title, text in self._rows():
+            lines.append(f"  {title}: {text}")
+            if title == "loss":
+                lines.append(f"  {_sparkline(self.losses)} steps {self.losses[0][0]} to {self.losses[-1][0]}")
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        left = "style='text-align:left'"  # JupyterLab sets tables to the right, as numbers are
+        rows = "".join(
+            f"<tr><td {left}>{html.escape(title)}</td><td {left}>{html.escape(text)}</td></tr>"
+            for title, text in self._rows()
+        )
+        picture = _thumbnail(self.newest_preview) if self.newest_preview else ""
+        return f"<p><b>{html.escape(self._head())}</b></p>{_curve(self.losses)}<table>{rows}</table>{picture}"
+
+    def _head(self) -> str:
+        share = f" of {self.total} ({self.step / self.total:.0%})" if self.total else ""
+        work = {True: "a process is at work", False: "no process here is at work", None: "at work or not: unknown here"}
+        state = "finished" if self.finished and not self.at_work else work[self.at_work]
+        return f"{self.home.folder.name}: step {self.step}{share}, {state}"
+
+    def _rows(self) -> Iterator[tuple[str, str]]:
+        """What there is to say, each with its title."""
+        yield "folder", str(self.place.folder)
+        if self.loss is not None:
+            yield "loss", f"{self.loss:.4f}, the mean of the last {min(_RECENT, len(self.losses))} in the log"
+        if self.seconds_per_step is not None:
+            left = f", about {duration(self.seconds_left)} of training left" if self.seconds_left else ""
+            yield "speed", f"{self.seconds_per_step:.3g} s a step{left}"
+        if self.log_age is not None:
+            yield "log written", f"{duration(self.log_age)} ago"
+        yield from self._saved_rows(self.place)
+        at_home = self.lost_steps if self.home.unreadable else self.lost_steps_without_local
+        if not self.finished or at_home:
+            more = f"; {at_home} if this machine's disk went too" if at_home != self.lost_steps else ""
+            yield "steps lost if it stopped now", f"{self.lost_steps}{more}"
+        if self.local:
+            yield "home", str(self.home.folder)
+            yield from self._saved_rows(self.home, " at home")
+        if self.mirror:
+            yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
+        if self.newest_preview:
+            yield "newest preview", str(self.newest_preview)
+
+    def _saved_rows(self, place: Place, where: str = "") -> Iterator[tuple[str, str]]:
+        if place.unreadable:
+            yield f"last saved state{where}", f"unknown, the folder cannot be read ({place.unreadable})"
+            return
+        checked = "verified" if self.verified else "sizes are right"
+        last = place.last
+        told = last and f"step {last.step}, {duration(last.age)} ago, {size(last.size)}, {checked}"
+        yield f"last saved state{where}", told or "none"
+        usable = [str(saved.step) for saved in place.checkpoints if not saved.fault]
+        if usable:
+            yield f"checkpoints{where}", f"step{'s' * (len(usable) > 1)} {', '.join(usable)}"
+        if place.model and not place.model.fault:
+            yield f"finished model{where}", f"step {place.model.step}, {duration(place.model.age)} ago"
+        for saved in place.damaged:
+            yield f"damaged{where}", f"{saved.folder.relative_to(place.folder).as_posix()}: {saved.fault}"
+
+
+@configured_by(StatusConfig)
+def status(config: StatusConfig) -> RunStatus:
+    """How far a run is and what of it is safe, from its files alone; it may be training meanwhile, here or elsewhere.
+
+    Nothing is written. Raises DbkitError where there is no such run.
+    """
+    home_folder, local_folder = run_folder.find_local(run_folder.find_run(config.run))
+    folders = [folder for folder in (local_folder, home_folder) if folder]
+    # The log before the states: a commit in between must not make the log seem behind.
+    logged = next((lines for folder in folders if (lines := run_folder.read_lines(folder))), [])
+    places = [run_folder.read_place(folder, config.verify) for folder in folders]
+    total = next((total for folder in folders if (total := run_folder.total_steps(folder))), None)
+    whole = [model.step for place in places if (model := place.model) and not model.fault]
+    step = max([*(line["step"] for line in logged[-1:]), *(p.last.step for p in places if p.last), *whole], default=0)
+    locks = [run_folder.is_locked(folder) for folder in folders]
+    return RunStatus(
+        home=places[-1],
+        local=places[0] if local_folder else None,
+        step=step,
+        total=total,
+        finished=max(whole, default=-1) >= (total or step),
+        at_work=True if True in locks else None if None in locks else False,
+        losses=[(line["step"], line["loss"]) for line in logged if run_folder.finite(line.get("loss"))],
+        seconds_per_step=_speed(logged),
+        log_age=next((age for folder in folders if (age := run_folder.log_age(folder)) is not None), None),
+        mirror=run_folder.read_mirror(folders[0]),
+        newest_preview=next((path for folder in folders if (path := run_folder.newest_preview(folder))), None),
+        verified=config.verify,
+    )
+
+
+def _speed(logged: list[dict]) -> float | None:
+    """Seconds a step, the median of the last lines: the first steps of a session are slower, as are pauses."""
+    recent = [line.get("seconds_per_step") for line in logged[-_RECENT:]]
+    known = sorted(seconds for seconds in recent if run_folder.finite(seconds))
+    return known[(len(known) - 1) // 2] if known else None
+
+
+def _mirror_rows(mirror: Mirror, elsewhere: bool) -> Iterator[tuple[str, str]]:
+    """What is being copied. Of another machine, or one that is gone, only what it last wrote is known."""
+    yield "copying to home", f"as of {duration(mirror.age)} ago{', on another machine' if elsewhere else ''}"
+    if mirror.copying:
+        name, done, whole = mirror.copying
+        yield "being copied", f"{name}, {done / whole if whole else 1:.0%} of {size(whole)}"
+    if mirror.waiting:
+        yield "waiting to be copied", ", ".join(mirror.waiting)
+    if mirror.failed:
+        yield "copying failed", mirror.failed
+
+
+def duration(seconds: float) -> str:
+    """A time in plain words: 12 s, 3 min, 2 h 5 min, 3 days."""
+    minutes = round(seconds / 60)
+    if seconds < 59.5:
+        return f"{seconds:.0f} s"
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes // (24 * 60)} days"
+
+
+def _means(losses: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    """At most that many points of a curve, each the mean of its share of neighbours, at the last one's step."""
+    count = min(most, len(losses))
+    shares = (losses[len(losses) * i // count : len(losses) * (i + 1) // count] for i in range(count))
+    return [(share[-1][0], sum(loss for _, loss in share) / len(share)) for share in shares]
+
+
+def _sparkline(losses: list[tuple[int, float]], width: int = 32) -> str:
+    means = [loss for _, loss in _means(losses, width)]
+    low, span = min(means), max(means) - min(means)
+    return "".join(_BLOCKS[round((loss - low) / span * 7) if span else 0] for loss in means)
+
+
+def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120) -> str:
+    """The loss by step as an SVG picture, pale, and over it the mean of the last points, which shows where it goes.
+
+    Words and axes take the colour of the text around the picture, so that it suits light and dark pages.
+    """
+    if len(losses) < 2:
+        return ""
+    points = _means(losses, 120)
+    first, last = points[0][0], points[-1][0]
+    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
+    left, top, right, bottom = 56, 10, width - 10, height - 22
+    steps, span = (last - first) or 1, (high - low) or 1
+    lines = ""
+    for width_of_mean, opacity in ((1, 0.35), (_RECENT, 1)):
+        # The loss of one step is mostly that of its random timesteps.
+        recent = [[loss for _, loss in points[max(0, i + 1 - width_of_mean) : i + 1]] for i in range(len(points))]
+        places = " ".join(
+            f"{left + (step - first) / steps * (right - left):.1f},"
+            f"{bottom - (sum(losses) / len(losses) - low) / span * (bottom - top):.1f}"
+            for (step, _), losses in zip(points, recent)
+        )
+        lines += f'<polyline points="{places}" fill="none" stroke="#3b82f6" stroke-width="2" opacity="{opacity}"/>'
+    labels = (
+        (left - 6, top + 4, "end", f"{high:.3g}"),
+        (left - 6, bottom + 4, "end", f"{low:.3g}"),
+        (left, height - 6, "start", f"step {first}"),
+        (right, height - 6, "end", f"step {last}"),
+    )
+    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in labels)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="loss from step {first} to {last}" style="max-width:100%;display:block">'
+        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity="0.35"/>'
+        f'{lines}<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
+    )
+
+
+def _thumbnail(path: Path, side: int = 384) -> str:
+    """A picture for a notebook; nothing if it is gone or damaged by now."""
+    try:
+        image = read_image(path)
+    except (DbkitError, OSError):
+        return ""
+    image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=85)
+    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="newest preview">'
