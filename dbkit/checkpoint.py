@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbkit.errors import DbkitError
+from dbkit.errors import DiskError
 from dbkit.files import full_disk_is_a_sentence, move_aside, sha256, sync, sync_folder, write_text
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
             remove_committed(old)
     fault = find_fault(folder)
     if fault:
-        raise DbkitError(
+        raise DiskError(
             f"the checkpoint {folder} reads back wrong ({fault}); the disk may be failing, choose another output_dir"
         )
     return Checkpoint(folder, step, facts)

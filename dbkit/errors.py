@@ -16,6 +16,10 @@ class DbkitError(Exception):
         return [f"DbkitError: {self}"]
 
 
+class DiskError(DbkitError):
+    """A disk is full or failing: what a training survives."""
+
+
 def counted(number: int, thing: str) -> str:
     """A number of things: 1 image, 2 images."""
     return f"{number} {thing}" if number == 1 else f"{number} {thing}s"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, DiskError
 
 # Characters that Windows refuses in names. Everything else, in any script, stays.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
@@ -55,20 +55,24 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
         yield
     except Exception as error:
         # safetensors reports the system's error inside its own exception type.
-        if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):
+        number = getattr(error, "errno", None)
+        if number is None and (found := re.search(r"\(os error (\d+)\)", str(error))):
+            number = int(found[1])
+            error = OSError(number, os.strerror(number))
+        if number in FULL or os.strerror(errno.ENOSPC) in str(error):
             free = shutil.disk_usage(_existing(folder)).free
-            raise DbkitError(
+            raise DiskError(
                 f"the disk of {folder} is full ({size(free)} free); free some space there, then run the "
                 "same command again"
             ) from error
-        raise
+        raise error
 
 
 def require_space(folder: Path, needed: int, what: str) -> None:
-    """Raise DbkitError when fewer than `needed` bytes are free where `folder` is."""
+    """Raise DiskError when fewer than `needed` bytes are free where `folder` is."""
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
-        raise DbkitError(
+        raise DiskError(
             f"{what} needs {size(needed)} in {folder} and {size(free)} are free; free some space or choose "
             "another folder"
         )

@@ -59,7 +59,8 @@ class Mirror:
         self.said: set[str] = set()
         self.sentences: list[str] = []
         self.since: float | None = None
-        self.moved = self.before = self.shown = 0.0
+        self.moved = self.before = self.shown = self.began = 0.0
+        self.longest = 0.0  # the seconds that the slowest copy took
         self.cleaned: set[tuple[Path, str]] = set()
         threading.Thread(target=self._work, name="dbkit mirror", daemon=True).start()
 
@@ -171,7 +172,7 @@ class Mirror:
                 if item := next((item for item in self.queue.values() if item.due <= now), None):
                     self.current, self.busy = self.queue.pop(item.name), True
                     self.done = self.size = self.work = 0
-                    self.before = self.moved
+                    self.before, self.began = self.moved, now
                     return item
                 self.changed.wait(min((item.due - now for item in self.queue.values()), default=None))
             return None
@@ -230,6 +231,7 @@ class Mirror:
         """An item is at home, or for the reason in the sentence never will be."""
         with self.changed:
             self.current = None
+            self.longest = max(self.longest, time.monotonic() - self.began)
             if sentence:
                 self.sentences.append(sentence)
             if self.said and not any(other.failed for other in self.queue.values()):

@@ -24,7 +24,7 @@ from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
-from dbkit.resume import check_same_run, identity_of, newest_state
+from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
@@ -56,8 +56,11 @@ class RunPlan:
     rest_after: int
 
 
-def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
-    """Check model folder, images and captions, say what was found, and generate class images where they are missing."""
+def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path | None = None) -> RunPlan:
+    """Check model folder, images and captions, say what was found, and generate class images where they are missing.
+
+    run is where the run works, home where it is kept, if that is another folder.
+    """
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)
@@ -84,8 +87,9 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     total = _total_steps(config, order)
     # After every other mistake, since this makes a repository.
     require_hub(config, run)
-    if config.start_over and ((run / "resume").exists() or (run / "settings.yaml").exists()):
-        print(f"the earlier run is moved to {move_aside(run)}")
+    for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
+        if (folder / "resume").exists() or (folder / "settings.yaml").exists():
+            print(f"the earlier run is moved to {move_aside(folder)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
     for sentence in (*describe(instance, concepts), *warnings(concepts), *_rate_warnings(config)):
@@ -100,7 +104,9 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device) -> RunPlan:
     identity = identity_of(config, library, instance, class_set, order.weights)
     done = check_same_run(saved, identity, run)
     if 0 < done < total:
-        print(f"continuing after step {done}")
+        print(f"continuing after step {done}{of_state(saved)}")
+    for sentence in changes_since(config, run) if saved else of_model(config.pretrained_model_name_or_path):
+        print(sentence)
     rest_after = _rest_after(config, max(total, done), saved)
     if rest_after:
         identity[_REST_AFTER] = rest_after

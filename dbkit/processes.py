@@ -101,15 +101,20 @@ def share_weights(parameters: Iterable[torch.nn.Parameter]) -> None:
         torch.distributed.broadcast(parameter.data, 0)
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is up in any process."""
+def most(number: int) -> int:
+    """The highest of all processes' numbers."""
     import torch
 
     if world() == 1:
-        return flag
-    flags = torch.tensor(int(flag))
-    torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, group=_hosts())
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number)
+    torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX, group=_hosts())
+    return int(numbers)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is up in any process."""
+    return bool(most(int(flag)))
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:

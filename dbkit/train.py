@@ -3,43 +3,42 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dbkit import processes, zero
 from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
-from dbkit.checkpoint import commit, find_fault, rotate, step_folder
 from dbkit.concepts import Concept
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import first_prompts
-from dbkit.files import one_process, require_space, stop_requests
+from dbkit.files import one_process, stop_requests
 from dbkit.hub import upload_model
 from dbkit.identifier import describe
+from dbkit.keeper import Keeper, copy_home
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
-from dbkit.lora import save_lora
 from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 from dbkit.models import (
     Models,
     check_resolution,
     check_zero_terminal_snr,
     load_base,
-    save_models,
 )
-from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate, state_bytes
+from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate
 from dbkit.order import Order
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
+from dbkit.resume import finished_in, open_run
 from dbkit.sampling import autocast
+from dbkit.saves import Due, Saves
 from dbkit.settings import configured_by, replace
-from dbkit.state import State, make_state, read_state, rest_text_encoder, write_state
+from dbkit.state import State, make_state, read_state, rest_text_encoder
 from dbkit.text import encode_prompts, own_tokens, tokenize
 from dbkit.trackers import make_tracker
 from dbkit.train_config import TrainConfig
-from dbkit.workspace import default_folder
+from dbkit.workspace import default_folder, working_folder
 
 if TYPE_CHECKING:
     import torch
@@ -53,21 +52,25 @@ def train(config: TrainConfig) -> Path:
     diffusers layout. Interrupted, it commits its state and raises KeyboardInterrupt; called again, it goes on.
     """
     method = "dreambooth" if config.with_prior_preservation else "native"
-    run = (config.output_dir or default_folder() / "runs" / method).absolute()
+    home = (config.output_dir or default_folder() / "runs" / method).absolute()
+    run = working_folder(home, config.local_dir)
     device = processes.start(choose_device(config.device), config.local_rank)
     with one_process(run) if processes.rank() == 0 else processes.silent():
-        return _train(config, run, device)
+        return _train(config, run, home, device)
 
 
-def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
+def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     dtype = choose_dtype(config.mixed_precision, device)
+    on_main(open_run, config, run, home)
     config = on_main(choose_settings, config, run, device, dtype)
-    plan = on_main(make_plan, config, run, device)
-    if plan.done >= plan.total and on_main(find_fault, run / "model", plan.done) is None:
+    plan = on_main(make_plan, config, run, device, home)
+    if plan.done >= plan.total:
+        on_main(copy_home, config, run, home)
+    if plan.done >= plan.total and (made := on_main(finished_in, (home, run), plan.done)):
         print(f"{counted(plan.done, 'step')} done already; to train further, raise max_train_steps above that")
-        on_main(upload_model, config, run, plan.done, first_prompts(plan.instance, plan.concepts))
-        return run / "model"
+        on_main(upload_model, config, made, plan.done, first_prompts(plan.instance, plan.concepts))
+        return made / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
@@ -78,49 +81,50 @@ def _train(config: TrainConfig, run: Path, device: torch.device) -> Path:
     models = _load(config)
     state = make_state(config, models, device, dtype, plan.optimizer_library)
     assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
-    on_main(_require_run_space, run, config, state)
     if plan.saved:
         read_state(state, plan.saved)
 
     # 3. Cache: images are encoded once, and the text of an encoder that is not trained; then both leave the device.
     pools = _make_pools(config, models, plan, device)
-    commit_of = functools.partial(_commit, run, config, plan.identity, state)
     preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
+    keeper = Keeper(config, run, home, plan.identity, state, Saves(config, done, total))
     if done == 0:
         preview_of(0)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
-    with stop_requests() as stop, out_of_memory_is_a_sentence():
+    with keeper, stop_requests() as stop, out_of_memory_is_a_sentence():
         for step in range(done + 1, total + 1):
             if step > plan.rest_after and pools[0].text_is_trained:
                 pools = rest_text_encoder(state, pools)
             rate = learning_rate(step - 1)
             losses, grad_norm = train_step(state, pools, plan.order, config, step, rate)
             log.add(step, losses, grad_norm, rate)
-            if processes.any_of(stop.made):
+            due = keeper.due(step, stop.made)
+            if due is Due.STOP:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
-                commit_of(step)
+                saved = keeper.save(step)
                 log.close()
-                raise KeyboardInterrupt(
-                    f"stopped after step {step} of {total}; its state is saved, train again to go on"
-                )
-            if step < total and config.save_model_every_n_steps and step % config.save_model_every_n_steps == 0:
-                commit_of(step)
+                which = "its state" if saved == step else f"the state of step {saved}"
+                raise KeyboardInterrupt(f"stopped after step {step} of {total}; {which} is saved, train again to go on")
+            if due:
+                keeper.save(step, weights=due is Due.WEIGHTS)
+            if due is Due.WEIGHTS:
                 preview_of(step)
-    log.close()
+        log.close()
 
-    # 5. Finished model.
-    if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
-        raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
-    model = commit_of(total, finished=True)
-    preview_of(total)
+        # 5. Finished model.
+        if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
+            raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
+        keeper.finish(total)
+        preview_of(total)
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
-    on_main(upload_model, config, run, total, prompts)
-    return model
+    made = on_main(finished_in, (home, run), total)
+    on_main(upload_model, config, made, total, prompts)
+    return made / "model"
 
 
 def train_step(
@@ -184,18 +188,6 @@ def _load(config: TrainConfig) -> Models:
     return models
 
 
-def _require_run_space(run: Path, config: TrainConfig, state: State) -> None:
-    """Raise DbkitError unless the disk holds the states (two, while one replaces the other) and the usable weights."""
-    count = sum(parameter.numel() for parameter in state.parameters)
-    size = count * (8 if config.use_ema else 4) + state_bytes(config.chosen_optimizer, state.parameters)
-    everything = (state.models.unet, state.models.text_encoder, state.models.vae)
-    weights = sum(p.numel() for module in everything for p in module.parameters())
-    usable = (count if config.adapter == "lora" else weights) * (4 if config.save_precision == "fp32" else 2)
-    kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
-    there = sum(path.stat().st_size for path in run.rglob("*") if path.is_file()) if run.exists() else 0
-    require_space(run, max(size, 2 * size + (kept + 1) * usable - there), "this run")
-
-
 def _make_pools(config: TrainConfig, models: Models, plan: RunPlan, device: torch.device) -> list[Pool]:
     """Encode the images and free the device of the VAE; prompts stay token ids until the text encoder rests."""
     models.noise_scheduler.alphas_cumprod = models.noise_scheduler.alphas_cumprod.to(device)
@@ -229,53 +221,6 @@ def _say_tokens(models: Models, concepts: list[Concept], prompts: list[str]) -> 
     for prompt, length in zip(prompts, lengths):
         if length > most:
             print(f"cut after {most - 2} of {length - 2} tokens: {prompt}")
-
-
-def _commit(
-    run: Path, config: TrainConfig, identity: dict[str, Any], state: State, step: int, finished: bool = False
-) -> Path:
-    """Commit the state to resume from, then usable weights: a checkpoint, or the finished model. Returns its folder."""
-    return on_main(_write, run, config, identity, state, state.gather(), step, finished)
-
-
-def _write(
-    run: Path,
-    config: TrainConfig,
-    identity: dict[str, Any],
-    state: State,
-    optimizer: dict[str, Any],
-    step: int,
-    finished: bool,
-) -> Path:
-    for part, module in state.plain.items():
-        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
-            raise DbkitError(
-                f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
-                "learning_rate and train again, which continues from the last good state"
-            )
-    folder = step_folder(run / "resume", step)
-    # A whole state of this step is the one that was continued from: it stays, for there is no other one.
-    if find_fault(folder, step=step):
-        commit(folder, step, lambda partial: write_state(state, partial, optimizer), identity)
-    rotate(run / "resume", step, keep=1)
-    if not finished and step < config.save_min_steps:
-        return folder
-    target = run / "model" if finished else step_folder(run / "checkpoints", step)
-    with state.averaged():
-        commit(target, step, _writer(run, config, state, step, finished), identity)
-    if (run / "checkpoints").exists():
-        rotate(run / "checkpoints", step, config.checkpoints_total_limit)
-    return target
-
-
-def _writer(run: Path, config: TrainConfig, state: State, step: int, finished: bool) -> Callable[[Path], None]:
-    """What fills the folder of a checkpoint or of the finished model."""
-    if config.adapter == "none":
-        return functools.partial(save_models, state.shown, precision=config.save_precision)
-    # User interfaces list a LoRA by the name of its file.
-    return functools.partial(
-        save_lora, state.models, config=config, name=run.name if finished else f"{run.name}-{step:06d}"
-    )
 
 
 def _preview(

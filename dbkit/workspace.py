@@ -20,6 +20,7 @@ Config = TypeVar("Config", bound=Settings)
 
 _FOLDERS = ("photos", "settings", "models", "datasets", "class_images", "runs", "exports")
 _DRIVE = Path("/content/drive")
+_DISK = Path("/content/dbkit_runs")
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,15 @@ class Workspace:
 def _is_leftover(name: str) -> bool:
     """Whether a name is clutter, or what a killed command left half written."""
     return name.startswith(".") or name.endswith((".partial", ".old"))
+
+
+def working_folder(home: Path, local_dir: Path | None) -> Path:
+    """Where the run of that home works: in home itself, or in local_dir; on Colab's disk if home is on Google Drive."""
+    if local_dir:
+        return (local_dir / home.name).absolute()
+    if on_colab() and home.is_relative_to(_DRIVE):
+        return _DISK / home.relative_to(_DRIVE)
+    return home
 
 
 def default_folder() -> Path:

@@ -59,7 +59,7 @@ def test_the_last_save_comes_before_the_session_ends(plain):
     budget = replace(plain, session_minutes=30)
     # A minute before the end, or three times as long as a save takes.
     assert due_steps(budget, 2000, 1) == {29 * 60: Due.STATE}
-    slow = due_steps(replace(budget, save_model_every_n_steps=500), 2000, 1, save=50)
+    slow = due_steps(replace(budget, save_model_every_n_steps=700), 2000, 1, save=50)
     assert {step: due for step, due in slow.items() if due is Due.STATE} == {30 * 60 - 150 - 2 * 50: Due.STATE}
 
 

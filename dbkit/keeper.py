@@ -1,0 +1,246 @@
+"""What a run keeps while it trains: the state to resume from, usable weights, log and previews, here and at its home.
+
+A run works in a folder of the local disk. Where its home is another one, on Google Drive for instance, a mirror copies
+there what was saved, in the background. A disk that is full, slow or gone ends no training: it is said and tried again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import shutil
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dbkit import processes
+from dbkit.checkpoint import commit, find_fault, rotate, step_folder
+from dbkit.errors import DbkitError, DiskError
+from dbkit.files import require_space, size
+from dbkit.lora import save_lora
+from dbkit.mirror import Mirror
+from dbkit.models import save_models
+from dbkit.processes import on_main
+from dbkit.saves import Due, Saves
+from dbkit.state import State, state_size, write_state
+from dbkit.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    pass
+
+# A file of this name in a run's folder stops it as the stop button does, from wherever the folder can be reached.
+STOP = "STOP"
+
+
+class Keeper:
+    """Saves a run in its folder `run` and copies that to `home`; the two are one where no copy is needed.
+
+    identity is what the state belongs to. Everything but the choice of what is due happens in the main process.
+    """
+
+    def __init__(
+        self, config: TrainConfig, run: Path, home: Path, identity: dict[str, Any], state: State, saves: Saves
+    ) -> None:
+        self.config, self.run, self.home, self.state = config, run, home, state
+        self.identity = {**identity, "resume_state": config.resume_state}
+        self.saves, self.mirror, self.closed, self.stop_at_home = saves, None, threading.Event(), False
+        self.saved = saves.done  # the step of the newest state
+        self.failing: set[str] = set()
+        self.copied: dict[Path, int] = {}
+        self.model_size = _usable_size(config, state)
+        if processes.rank() == 0:
+            self._open()
+
+    def _open(self) -> None:
+        self._require_space()
+        for folder in {self.run, self.home}:
+            with contextlib.suppress(OSError):
+                (folder / STOP).unlink()  # one of an earlier session
+        if self.home != self.run:
+            self.mirror = Mirror(self.run, self.home)
+            self.mirror.catch_up(self.config.checkpoints_total_limit)
+            threading.Thread(target=self._watch_home, name="dbkit stop file", daemon=True).start()
+
+    def _watch_home(self) -> None:
+        # In a thread of its own, since a Drive that hangs must hold up neither training nor copies.
+        while not self.closed.wait(5):
+            with contextlib.suppress(OSError):
+                self.stop_at_home = self.stop_at_home or (self.home / STOP).exists()
+
+    def _require_space(self) -> None:
+        """Say what a save takes and what is free. Raises DiskError unless two states and the weights fit.
+
+        There are two states while one replaces the other.
+        """
+        needed = state_size(self.config, self.state.parameters)
+        kept = self.config.checkpoints_total_limit + 1 if self.config.save_model_every_n_steps else 0
+        words = f"a state to resume from takes {size(needed)}, usable weights {size(self.model_size)}"
+        for folder in dict.fromkeys((self.run, self.home)):
+            try:
+                there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                require_space(folder, max(needed, 2 * needed + (kept + 1) * self.model_size - there), "this run")
+                words += f"; {size(shutil.disk_usage(_existing(folder)).free)} are free in {folder}"
+            except DiskError as error:
+                way = "; resume_state small or weights, or a lower checkpoints_total_limit, takes less"
+                raise DiskError(f"{error}{way}") from error
+            except OSError as error:
+                words += f"; {folder} cannot be reached ({error.strerror})"
+        print(words)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a stop or a mistake somebody waits: what is not copied by then is copied by the next session.
+        self.close(120.0 if kind is None else 20.0)
+
+    def due(self, step: int, stopping: bool) -> Due:
+        """What is due after a step, the same in all processes. stopping: this one was asked to stop."""
+        if self.mirror:
+            self.saves.took(self.mirror.longest)
+            for sentence in self.mirror.news():
+                _say(sentence)
+        if sentence := self.saves.outlook(step):
+            _say(sentence)
+        stop = stopping or self.stop_at_home or (self.run / STOP).exists()
+        return Due(processes.most(Due.STOP if stop else self.saves.due(step)))
+
+    def save(self, step: int, weights: bool = False) -> int:
+        """Commit the state of a step, and usable weights if asked for; returns the step of the newest state.
+
+        That is an earlier one where the disk is full or fails, which is printed. Raises DbkitError where the weights
+        are not numbers.
+        """
+        optimizer = self.state.gather()
+        with self.saves.saving():
+            self.saved = on_main(self._save, optimizer, step, weights)
+        return self.saved
+
+    def finish(self, step: int) -> None:
+        """Commit the last state and the finished model. Raises DiskError where the model cannot be written."""
+        on_main(self._finish, self.state.gather(), step)
+
+    def close(self, patience: float) -> None:
+        """End the mirror, after at most `patience` seconds in which nothing is copied; says what is not at home."""
+        self.closed.set()
+        mirror, self.mirror = self.mirror, None
+        if mirror:
+            self._copy_loose(mirror)
+            _close(mirror, patience)
+
+    def _save(self, optimizer: dict[str, Any], step: int, weights: bool) -> int:
+        self._require_numbers(step)
+        saved = self._try("state", step, functools.partial(self._commit_state, optimizer, step))
+        if weights and step >= self.config.save_min_steps:
+            folder, keep = step_folder(self.run / "checkpoints", step), self.config.checkpoints_total_limit
+            self._try("weights", step, functools.partial(self._commit_weights, folder, step, keep))
+        self._copy_loose(self.mirror)
+        return step if saved else self.saved
+
+    def _finish(self, optimizer: dict[str, Any], step: int) -> None:
+        self._require_numbers(step)
+        # The model comes in any case: with it the run is whole, and a state that is older makes the same one again.
+        self._try("state", step, functools.partial(self._commit_state, optimizer, step))
+        self._commit_weights(self.run / "model", step, 0)
+        if (self.run / "checkpoints").exists():
+            rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._holds)
+
+    def _require_numbers(self, step: int) -> None:
+        for part, module in self.state.plain.items():
+            if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+                raise DbkitError(
+                    f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
+                    "learning_rate and train again, which continues from the last good state"
+                )
+
+    def _try(self, what: str, step: int, work: Callable[[], None]) -> bool:
+        """Do what writes to the disk. That it fails is said once, until it works again; training goes on."""
+        try:
+            work()
+        except (DiskError, OSError) as error:
+            if what not in self.failing:
+                _say(f"the {what} of step {step} could not be saved: {error}; training goes on and tries again")
+            self.failing.add(what)
+            return False
+        if what in self.failing:
+            _say(f"saving works again: the {what} of step {step} is on the disk")
+            self.failing.discard(what)
+        return True
+
+    def _commit_state(self, optimizer: dict[str, Any], step: int) -> None:
+        folder = step_folder(self.run / "resume", step)
+        # A whole state of this step is the one that was continued from: it stays, for there is no other one.
+        if find_fault(folder, step=step):
+            require_space(self.run, state_size(self.config, self.state.parameters), "a saved state")
+            write = functools.partial(write_state, self.state, optimizer=optimizer, config=self.config)
+            commit(folder, step, write, self.identity)
+        if self.mirror:
+            self.mirror.commit(folder, keep=1)
+        rotate(self.run / "resume", step, 1, self._holds)
+
+    def _commit_weights(self, folder: Path, step: int, keep: int) -> None:
+        """Usable weights: a checkpoint of which the last `keep` stay, or with 0 the finished model."""
+        require_space(self.run, self.model_size, "usable weights")
+        with self.state.averaged():
+            commit(folder, step, self._writer(step, finished=not keep), self.identity)
+        if self.mirror:
+            self.mirror.commit(folder, keep)
+        if keep:
+            rotate(folder.parent, step, keep, self._holds)
+
+    def _writer(self, step: int, finished: bool) -> Callable[[Path], None]:
+        if self.config.adapter == "none":
+            return functools.partial(save_models, self.state.shown, precision=self.config.save_precision)
+        # User interfaces list a LoRA by the name of its file.
+        name = self.run.name if finished else f"{self.run.name}-{step:06d}"
+        return functools.partial(save_lora, self.state.models, config=self.config, name=name)
+
+    def _holds(self, folder: Path) -> bool:
+        return self.mirror is not None and self.mirror.holds(folder)
+
+    def _copy_loose(self, mirror: Mirror | None) -> None:
+        """Settings, log, previews and the trackers' files: what is no commit, and small."""
+        for path in self.run.rglob("*") if mirror else ():
+            committed = path.relative_to(self.run).parts[0] in ("resume", "checkpoints", "model")
+            if committed or not path.is_file() or path.suffix == ".partial" or path.name == "mirror.json":
+                continue
+            changed = path.stat().st_mtime_ns
+            if self.copied.get(path) != changed:
+                self.copied[path] = changed
+                mirror.file(path)
+
+
+def copy_home(config: TrainConfig, run: Path, home: Path) -> None:
+    """Copy to a run's home what an earlier session could not, without training."""
+    if run != home and run.exists():
+        mirror = Mirror(run, home)
+        mirror.catch_up(config.checkpoints_total_limit)
+        _close(mirror, 120.0)
+
+
+def _close(mirror: Mirror, patience: float) -> None:
+    missing = mirror.close(patience)
+    for sentence in (*mirror.news(), *missing):
+        _say(sentence)
+
+
+def _usable_size(config: TrainConfig, state: State) -> int:
+    """Bytes of the usable weights: of the whole model, or of the LoRA."""
+    parts = (state.models.unet, state.models.text_encoder, state.models.vae)
+    whole = sum(parameter.numel() for module in parts for parameter in module.parameters())
+    count = sum(parameter.numel() for parameter in state.parameters) if config.adapter == "lora" else whole
+    return count * (4 if config.save_precision == "fp32" else 2)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _say(sentence: str) -> None:
+    """Print a sentence above the progress line."""
+    from tqdm import tqdm
+
+    if processes.rank() == 0:
+        tqdm.write(sentence, file=sys.stdout)
