@@ -115,7 +115,7 @@ class Mirror:
             self.changed.notify_all()
             missing = [item for item in (self.current, *self.queue.values()) if item]
         self._show()
-        why = f"nothing moved for {patience:.0f} seconds" if patience else "there was no time"
+        why = f"nothing moved for {patience:g} seconds" if patience else "there was no time"
         return [
             f"{item.name} is not at {self.home} ({item.reason or why}); it is kept in {self.local}, and to run "
             "the same command again copies it"
