@@ -30,6 +30,9 @@ from dbkit.train_config import TrainConfig
 if TYPE_CHECKING:
     pass
 
+# Seconds that the end of a run waits for copies of which nothing moves; after a stop or a mistake, when somebody waits,
+# what is not copied by then is copied by the next session.
+PATIENCE, PATIENCE_AFTER_STOP = 120.0, 20.0
 # A file of this name in a run's folder stops it as the stop button does, from wherever the folder can be reached.
 STOP = "STOP"
 
@@ -47,6 +50,7 @@ class Keeper:
         self.identity = {**identity, "resume_state": config.resume_state}
         self.saves, self.mirror, self.closed, self.stop_at_home = saves, None, threading.Event(), False
         self.saved = saves.done  # the step of the newest state
+        self.place = home  # where all of the run is, once it has ended
         self.failing: set[str] = set()
         self.copied: dict[Path, int] = {}
         self.model_size = _usable_size(config, state)
@@ -70,9 +74,9 @@ class Keeper:
                 self.stop_at_home = self.stop_at_home or (self.home / STOP).exists()
 
     def _require_space(self) -> None:
-        """Say what a save takes and what is free. Raises DiskError unless two states and the weights fit.
+        """Say what a save takes and what is free. Raises DiskError unless the states and the weights fit.
 
-        There are two states while one replaces the other.
+        There are two states while one replaces the other, and a third here where one is being copied home.
         """
         needed = state_size(self.config, self.state.parameters)
         kept = self.config.checkpoints_total_limit + 1 if self.config.save_model_every_n_steps else 0
@@ -80,7 +84,9 @@ class Keeper:
         for folder in dict.fromkeys((self.run, self.home)):
             try:
                 there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                require_space(folder, max(needed, 2 * needed + (kept + 1) * self.model_size - there), "this run")
+                states = 2 if folder == self.home else 3
+                total = states * needed + (kept + 1) * self.model_size
+                require_space(folder, max(needed, total - there), "this run")
                 words += f"; {size(shutil.disk_usage(_existing(folder)).free)} are free in {folder}"
             except DiskError as error:
                 way = "; resume_state small or weights, or a lower checkpoints_total_limit, takes less"
@@ -93,8 +99,13 @@ class Keeper:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a stop or a mistake somebody waits: what is not copied by then is copied by the next session.
-        self.close(120.0 if kind is None else 20.0)
+        self.closed.set()
+        mirror, self.mirror = self.mirror, None
+        if mirror:
+            self._copy_loose(mirror)
+            if not _close(mirror, PATIENCE if kind is None else PATIENCE_AFTER_STOP):
+                # A home that hangs must not hold up who looks for the model.
+                self.place = self.run
 
     def due(self, step: int, stopping: bool) -> Due:
         """What is due after a step, the same in all processes. stopping: this one was asked to stop."""
@@ -119,16 +130,8 @@ class Keeper:
         return self.saved
 
     def finish(self, step: int) -> None:
-        """Commit the last state and the finished model. Raises DiskError where the model cannot be written."""
-        on_main(self._finish, self.state.gather(), step)
-
-    def close(self, patience: float) -> None:
-        """End the mirror, after at most `patience` seconds in which nothing is copied; says what is not at home."""
-        self.closed.set()
-        mirror, self.mirror = self.mirror, None
-        if mirror:
-            self._copy_loose(mirror)
-            _close(mirror, patience)
+        """Commit the finished model. Raises DiskError where it cannot be written."""
+        on_main(self._finish, step)
 
     def _save(self, optimizer: dict[str, Any], step: int, weights: bool) -> int:
         self._require_numbers(step)
@@ -139,10 +142,7 @@ class Keeper:
         self._copy_loose(self.mirror)
         return step if saved else self.saved
 
-    def _finish(self, optimizer: dict[str, Any], step: int) -> None:
-        self._require_numbers(step)
-        # The model comes in any case: with it the run is whole, and a state that is older makes the same one again.
-        self._try("state", step, functools.partial(self._commit_state, optimizer, step))
+    def _finish(self, step: int) -> None:
         self._commit_weights(self.run / "model", step, 0)
         if (self.run / "checkpoints").exists():
             rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._holds)
@@ -182,9 +182,11 @@ class Keeper:
 
     def _commit_weights(self, folder: Path, step: int, keep: int) -> None:
         """Usable weights: a checkpoint of which the last `keep` stay, or with 0 the finished model."""
-        require_space(self.run, self.model_size, "usable weights")
-        with self.state.averaged():
-            commit(folder, step, self._writer(step, finished=not keep), self.identity)
+        # A whole checkpoint of this step is there where a kill came after it: it would be the same again.
+        if not keep or find_fault(folder, step=step):
+            require_space(self.run, self.model_size, "usable weights")
+            with self.state.averaged():
+                commit(folder, step, self._writer(step, finished=not keep), self.identity)
         if self.mirror:
             self.mirror.commit(folder, keep)
         if keep:
@@ -217,13 +219,15 @@ def copy_home(config: TrainConfig, run: Path, home: Path) -> None:
     if run != home and run.exists():
         mirror = Mirror(run, home)
         mirror.catch_up(config.checkpoints_total_limit)
-        _close(mirror, 120.0)
+        _close(mirror, PATIENCE)
 
 
-def _close(mirror: Mirror, patience: float) -> None:
+def _close(mirror: Mirror, patience: float) -> bool:
+    """End a mirror and say what is not at home; returns whether all is."""
     missing = mirror.close(patience)
     for sentence in (*mirror.news(), *missing):
         _say(sentence)
+    return not missing
 
 
 def _usable_size(config: TrainConfig, state: State) -> int:

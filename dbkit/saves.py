@@ -25,18 +25,26 @@ class Saves:
     def __init__(self, config: TrainConfig, done: int, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.every, self.done, self.total, self.clock = config.save_model_every_n_steps, done, total, clock
         self.pause = 60 * config.save_every_n_minutes if config.save_every_n_minutes else float("inf")
-        self.began = self.saved = clock()
+        self.start()
         self.end = self.began + 60 * config.session_minutes if config.session_minutes else float("inf")
         # How long the longest save took, its copy to a slower place included.
         self.longest = 0.0
         self.before_end = self.said = False
+
+    def start(self) -> None:
+        """The first step begins now."""
+        self.began = self.saved = self.clock()
+
+    def weights(self, step: int) -> bool:
+        """Whether a step is one whose usable weights are saved, and of which there are previews."""
+        return bool(self.every) and 0 < step < self.total and step % self.every == 0
 
     def due(self, step: int) -> Due:
         """What is due after a step."""
         now = self.clock()
         if step == self.total:
             return Due.NOTHING  # the end of the run saves by itself
-        if self.every and step % self.every == 0:
+        if self.weights(step):
             return Due.WEIGHTS
         if now - self.saved >= self.pause:
             return Due.STATE

@@ -89,13 +89,17 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> 
     preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
-    keeper = Keeper(config, run, home, plan.identity, state, Saves(config, done, total))
-    if done == 0:
-        preview_of(0)
+    saves = Saves(config, done, total)
+    keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
     with keeper, stop_requests() as stop, out_of_memory_is_a_sentence():
+        if saves.weights(done):  # a kill may have come before they were saved, or seen
+            keeper.save(done, weights=True)
+        if done == 0 or saves.weights(done):
+            preview_of(done)
+        saves.start()
         for step in range(done + 1, total + 1):
             if step > plan.rest_after and pools[0].text_is_trained:
                 pools = rest_text_encoder(state, pools)
@@ -118,11 +122,13 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> 
         # 5. Finished model.
         if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
             raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
-        keeper.finish(total)
+        # The model comes last: a run that has it lacks nothing. Until then the state is what counts.
+        keeper.save(total)
         preview_of(total)
+        keeper.finish(total)
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
-    made = on_main(finished_in, (home, run), total)
+    made = on_main(finished_in, (keeper.place, run), total)
     on_main(upload_model, config, made, total, prompts)
     return made / "model"
 
@@ -234,14 +240,16 @@ def _preview(
     """Preview pictures of the live model. Too little memory for them is said, and training goes on."""
     import torch
 
-    if not config.auto_test_model:
+    output = run / "previews" / f"step_{step:06d}.png"
+    # Those of a step from which the run goes on were made already, if no kill came between.
+    if not config.auto_test_model or (step and output.exists()):
         return
     try:
         with state.averaged():
             make_preview(
                 state.shown,
                 prompts,
-                output=run / "previews" / f"step_{step:06d}.png",
+                output=output,
                 seeds=range(config.test_seed, config.test_seed + config.test_num_per_prompt),
                 guidance_scales=(config.guidance_scale,),
                 negative_prompt=config.test_negative_prompt,
@@ -254,7 +262,7 @@ def _preview(
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         print(f"no preview at step {step}: too little GPU memory; set sample_batch_size to 1 or auto_test_model off")
-    except DbkitError as error:
+    except (DbkitError, OSError) as error:
         print(f"no preview at step {step}: {error}")
 
 

@@ -81,6 +81,8 @@ def working_folder(home: Path, local_dir: Path | None) -> Path:
     if local_dir:
         return (local_dir / home.name).absolute()
     if on_colab() and home.is_relative_to(_DRIVE):
+        if not (_DRIVE / "MyDrive").exists():
+            raise DbkitError(f"Google Drive is not mounted, and {home} lies there; run notebook 1, or drive.mount('{_DRIVE}')")
         return _DISK / home.relative_to(_DRIVE)
     return home
 

@@ -1,0 +1,182 @@
+"""What a run keeps: it trains on whatever its disks do, says what is not saved, and loses nothing that was."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from faults import OPERATIONS, failing
+from several_processes import plain
+from test_train import assert_equal, at_unet_pass, log_of, state_of, stop_in_pass
+
+from dbkit import DbkitError, TrainConfig, train
+from dbkit.checkpoint import find_fault, newest_valid
+from dbkit.models import read_weights
+from dbkit.resume import changes_since
+from dbkit.settings import replace
+
+SAVES = {"max_train_steps": 4, "save_model_every_n_steps": 1, "log_interval": 1}
+
+
+def under_faults(settings: dict, cases: list[tuple[dict, bool]], folder: Path) -> list[dict]:
+    """Train once under each fault, apart: with a local_dir that is well, and once more when the fault has ended."""
+    place, result = folder / "failing", folder / "results.json"
+    place.mkdir()
+    program = Path(__file__).with_name("train_under_faults.py")
+    arguments = [place, json.dumps(plain(settings)), json.dumps(cases), result]
+    with failing(place) as faults:
+        env = {**os.environ, **faults.env, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, program, *arguments], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(result.read_text())
+
+
+def assert_whole(run: Path, expected: dict) -> None:
+    assert find_fault(run / "model", step=4) is None
+    assert_equal(read_weights(run / "model", "unet"), expected)
+    assert newest_valid(run / "resume")[0].step == 4
+
+
+def test_no_fault_of_a_runs_home_ends_a_training_or_costs_what_was_trained(settings, tmp_path):
+    settings |= SAVES
+    expected = read_weights(train(**settings), "unet")
+    kinds = ["EIO", "ENOSPC", "ENOTCONN", "short", "corrupt", "ESTALE"]
+    cases = [
+        ({"operation": operation, "fault": kind if operation in ("write", "read") or kind not in kinds[3:5] else "EIO"})
+        for operation, kind in zip(OPERATIONS, kinds * 2)
+    ]
+    passing = [({**case, "times": 3}, True) for case in cases]
+    lasting = [({"operation": "any", "fault": fault, "times": -1}, True) for fault in ("ENOTCONN", "ENOSPC", "stall")]
+    results = under_faults(settings, [*passing, *lasting], tmp_path)
+    for number, ((fault, _), result) in enumerate(zip([*passing, *lasting], results)):
+        home, local = (folder / f"run{number}" for folder in (tmp_path / "failing", tmp_path / "local"))
+        assert result["hits"] > 0 or fault["operation"] in ("truncate", "rmdir", "unlink", "list", "close"), fault
+        # The model is where train() says, and in the end at home.
+        assert result["first"]["made"] == str((local if fault["times"] < 0 else home) / "model"), (fault, result)
+        assert result["again"]["made"] == str(home / "model"), (fault, result)
+        for run in (home, local):
+            assert_whole(run, expected)
+        if fault["times"] < 0:
+            assert f"model is not at {home}" in result["first"]["said"]
+            assert "it is kept in" in result["first"]["said"]
+
+
+def test_a_disk_that_fails_under_a_run_is_said_and_what_it_costs_is_trained_again(settings, tmp_path):
+    settings |= SAVES
+    expected = read_weights(train(**settings), "unet")
+    cases = [
+        ({"operation": operation, "fault": fault, "times": times}, False)
+        for operation, fault in (("write", "ENOSPC"), ("fsync", "EIO"), ("rename", "EIO"), ("mkdir", "ENOSPC"))
+        for times in (2, -1)
+    ]
+    for number, ((fault, _), result) in enumerate(zip(cases, under_faults(settings, cases, tmp_path))):
+        run, (first, again) = tmp_path / "failing" / f"run{number}", (result["first"], result["again"])
+        assert result["hits"] > 0
+        if fault["times"] > 0:
+            assert first["made"] == str(run / "model"), (fault, result)
+            assert "could not be saved" in first["said"] and "saving works again" in first["said"], (fault, result)
+        else:
+            assert "Error" in first["made"] and "of step 4 could not be saved" not in first["made"], (fault, result)
+            # A problem that lasts is said once.
+            assert len(re.findall("the state of step . could not be saved", first["said"])) == 1, (fault, result)
+        assert again["made"] == str(run / "model"), (fault, result)
+        assert_whole(run, expected)
+
+
+def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
+    straight = train(**{**settings, **SAVES, "output_dir": tmp_path / "straight"})
+    config = {**settings, **SAVES, "save_model_every_n_steps": None}
+    run = config["output_dir"]
+    with (
+        at_unet_pass(2, (run / "STOP").touch),
+        pytest.raises(KeyboardInterrupt, match="stopped after step 2 of 4; its state is saved, train again to go on"),
+    ):
+        train(**config)
+    # The file has been heard, and does not stop the next session.
+    train(**config)
+    assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4] and not (run / "STOP").exists()
+    assert_equal(state_of(run), state_of(straight.parent))
+
+
+def test_a_full_disk_before_the_first_step_is_refused_with_what_takes_less(config, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
+    with pytest.raises(
+        DbkitError, match=r"this run needs .* 10.0 MB are free; .* space .*; resume_state small or"
+    ):
+        train(config)
+
+
+@pytest.mark.parametrize("kind", ["small", "weights"])
+def test_a_smaller_state_goes_on_near_the_exact_one_and_says_what_it_lacks(settings, tmp_path, capsys, kind):
+    settings |= {"max_train_steps": 6, "train_text_encoder": True, "use_ema": True, "learning_rate": 1e-3}
+    runs, sizes = {}, {}
+    for name in ("exact", kind):
+        own = {**settings, "output_dir": tmp_path / name, "resume_state": name}
+        train(**{**own, "max_train_steps": 3})
+        (state,) = (tmp_path / name / "resume").iterdir()
+        sizes[name] = sum(path.stat().st_size for path in state.iterdir())
+        capsys.readouterr()
+        runs[name] = read_weights(train(**own), "unet")
+        said = capsys.readouterr().out
+    assert ("moments were saved in 8 bit" if kind == "small" else "the optimizer begins anew") in said
+    # Weights and their averages are 4 + 4 bytes, moments 8; small tensors have longer heads.
+    share = {"small": 10.5 / 16, "weights": 8.5 / 16}[kind]
+    assert sizes[kind] < share * sizes["exact"]
+    start = read_weights(Path(settings["pretrained_model_name_or_path"]), "unet")
+    off, moved = (
+        sum(float((runs["exact"][n] - other[n]).square().sum()) for n in start) ** 0.5 for other in (runs[kind], start)
+    )
+    # AdamW that begins anew takes steps of full size at once.
+    assert 0 < off < {"small": 0.02, "weights": 0.8}[kind] * moved
+
+
+def test_what_changed_since_is_said(config, capsys):
+    train(config)
+    capsys.readouterr()
+    train(config, max_train_steps=3, learning_rate=2e-4, save_precision="fp16", session_minutes=60)
+    said = capsys.readouterr().out
+    assert "changed since, from here on: max_train_steps was 2 and is 3, learning_rate was 0.0001 and is 0.000" in said
+    assert "save_precision was fp32 and is fp16" in said and "session_minutes was" not in said
+    same = replace(config, max_train_steps=3, learning_rate=2e-4, save_precision="fp16")
+    assert changes_since(same, config.output_dir) == []
+
+
+def test_a_trained_model_as_base_is_a_new_run_and_said_to_be(config, tmp_path, capsys):
+    made = train(config)
+    train(config, pretrained_model_name_or_path=str(made), output_dir=tmp_path / "next")
+    said = capsys.readouterr().out
+    assert f"{made} was trained for 2 steps; this is a new run that begins there, with an optimizer of its own" in said
+    assert [line["step"] for line in log_of(tmp_path / "next")] == [1, 2]
+
+
+def test_the_folder_of_another_run_is_not_worked_in(settings, tmp_path):
+    train(**{**settings, "output_dir": tmp_path / "one" / "run", "local_dir": tmp_path / "fast"})
+    with pytest.raises(DbkitError, match=r"fast/run is where the run .*one/run works; choose another local_dir for"):
+        train(**{**settings, "output_dir": tmp_path / "two" / "run", "local_dir": tmp_path / "fast"})
+
+
+def test_a_run_is_brought_back_from_its_home_to_an_empty_machine(settings, tmp_path):
+    settings |= {**SAVES, "output_dir": tmp_path / "home" / "run"}
+    straight = train(**{**settings, "output_dir": tmp_path / "straight"})
+    stop_in_pass(TrainConfig(**settings), number=2, step=2, local_dir=tmp_path / "first")
+    train(**settings, local_dir=tmp_path / "second")
+    home = settings["output_dir"]
+    assert_equal(state_of(home), state_of(straight.parent))
+    assert [line["step"] for line in log_of(home)] == [1, 2, 3, 4]
+    kept = sorted(path.name for path in (home / "checkpoints").iterdir())
+    assert kept == ["step_000001", "step_000002", "step_000003"]
+    assert log_of(tmp_path / "second" / "run") == log_of(home)
+
+
+def test_starting_over_moves_both_folders_aside(settings, tmp_path):
+    settings |= {"output_dir": tmp_path / "home" / "run", "local_dir": tmp_path / "fast"}
+    train(**settings)
+    train(**settings, start_over=True)
+    for folder in ("home", "fast"):
+        for run in ("run", "run-1"):
+            assert find_fault(tmp_path / folder / run / "model", step=2) is None
