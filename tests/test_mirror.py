@@ -211,6 +211,15 @@ def test_what_is_damaged_in_local_is_never_called_good_at_home(place):
     assert content(place.home / "model") == place.models[4]
 
 
+def test_a_model_that_a_kill_left_without_its_name_gets_it_back_though_nothing_can_replace_it(place):
+    before = content(place.home / "model")
+    (place.home / "model").rename(place.home / "model.old")
+    (place.local / "model" / "state").write_bytes(b"x" * 300)
+    (news,) = copied(place.local, place.home, lambda mirror: mirror.commit(place.local / "model"))
+    assert "has changed or is damaged" in news
+    assert content(place.home / "model") == before
+
+
 def test_rotation_spares_what_is_being_copied_or_waits(place):
     mirror = Mirror(place.local, place.home)
     with mirror.changed:  # so that the thread takes nothing yet
