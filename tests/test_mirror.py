@@ -136,8 +136,8 @@ def test_a_process_killed_in_the_middle_of_a_copy_leaves_home_whole(fast, operat
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
+def place(fast):
+    return Place(fast)
 
 
 def copied(local, home, *calls):
