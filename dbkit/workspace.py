@@ -82,7 +82,7 @@ def working_folder(home: Path, local_dir: Path | None) -> Path:
         return (local_dir / home.name).absolute()
     if on_colab() and home.is_relative_to(_DRIVE):
         if not (_DRIVE / "MyDrive").exists():
-            raise DbkitError(f"Google Drive is not mounted, and {home} lies there; run notebook 1, or drive.mount('{_DRIVE}')")
+            raise DbkitError(f"{home} is on Google Drive, which is not mounted; run the first cell of notebook 1")
         return _DISK / home.relative_to(_DRIVE)
     return home
 

@@ -136,8 +136,8 @@ def test_a_process_killed_in_the_middle_of_a_copy_leaves_home_whole(fast, operat
 
 
 @pytest.fixture
-def place(tmp_path):
-    return Place(tmp_path)
+def place(fast):
+    return Place(fast)
 
 
 def copied(local, home, *calls):
@@ -209,6 +209,15 @@ def test_what_is_damaged_in_local_is_never_called_good_at_home(place):
     ]
     assert place.newest() == 2
     assert content(place.home / "model") == place.models[4]
+
+
+def test_a_model_that_a_kill_left_without_its_name_gets_it_back_though_nothing_can_replace_it(place):
+    before = content(place.home / "model")
+    (place.home / "model").rename(place.home / "model.old")
+    (place.local / "model" / "state").write_bytes(b"x" * 300)
+    (news,) = copied(place.local, place.home, lambda mirror: mirror.commit(place.local / "model"))
+    assert "has changed or is damaged" in news
+    assert content(place.home / "model") == before
 
 
 def test_rotation_spares_what_is_being_copied_or_waits(place):
