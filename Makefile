@@ -8,7 +8,7 @@ WORKSPACE_OF_TESTS := $(VENV)/workspace
 # The models of the tests are so small that one thread is fastest.
 unit notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint unit notebooks docs wheel clean
+.PHONY: demo test lint unit notebooks soak docs wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
 	$(BIN)/dbkit demo
@@ -30,6 +30,9 @@ notebooks: $(READY)
 	$(BIN)/python tests/tiny_tagger.py $(WORKSPACE_OF_TESTS)/models/tagger
 	DBKIT_WORKSPACE=$(abspath $(WORKSPACE_OF_TESTS)) $(BIN)/python -m pytest -x --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 300 notebooks
+
+soak: $(READY)  ## kill a training at 60 random moments; DBKIT_SEED chooses others
+	DBKIT_KILLS=60 $(BIN)/python -m pytest tests/test_kill.py
 
 docs: $(READY)  ## write docs/settings.md from the settings classes
 	$(BIN)/python docs/settings_page.py

@@ -143,7 +143,13 @@ class Keeper:
         return step if saved else self.saved
 
     def _finish(self, step: int) -> None:
-        self._commit_weights(self.run / "model", step, 0)
+        try:
+            self._commit_weights(self.run / "model", step, 0)
+        except (DiskError, OSError) as error:
+            raise DiskError(
+                f"the finished model could not be written: {error}; the state of step {self.saved} is saved, and the "
+                "same command goes on from there"
+            ) from error
         if (self.run / "checkpoints").exists():
             rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._holds)
 

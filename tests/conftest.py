@@ -62,6 +62,31 @@ def inpainting_model(model, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smaller_model(model, tmp_path_factory) -> Path:
+    """The same model with a U-Net of two levels, for many trainings."""
+    return with_smaller_unet(model, tmp_path_factory.mktemp("models") / "smaller")
+
+
+def with_smaller_unet(base: Path, folder: Path) -> Path:
+    """A copy of the small model whose U-Net has two levels and random weights."""
+    shutil.copytree(base, folder)
+    shutil.rmtree(folder / "unet")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=64,
+            attention_head_dim=8,
+        )
+    unet.save_pretrained(folder / "unet")
+    return folder
+
+
 @pytest.fixture
 def copied(model, tmp_path):
     """A copy of the small model that a test may change."""

@@ -6,6 +6,7 @@ with the events and seconds that the session had, and whether it ended well.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -64,7 +65,8 @@ def session(settings: dict, kill: dict, report: int) -> None:
         lambda module, _: count() if type(module).__name__ == "UNet2DConditionModel" else None
     )
     train(**settings)
-    os.write(report, json.dumps(events).encode())
+    with os.fdopen(report, "w") as file:
+        json.dump({"events": events, "modules": list(sys.modules)}, file)
 
 
 def run(settings: dict, kill: dict, said: Path) -> dict:
@@ -89,21 +91,22 @@ def run(settings: dict, kill: dict, said: Path) -> dict:
     if "seconds" in kill:
         timer = threading.Timer(kill["seconds"], lambda: os.kill(child, signal.SIGKILL))
         timer.start()
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    seconds = time.monotonic() - began
+    with os.fdopen(read, "rb") as file:
+        text = file.read()  # until the session has ended
     if "seconds" in kill:
         timer.cancel()
-    with os.fdopen(read, "rb") as file:
-        text = file.read()
-    return {"ended": status, "events": json.loads(text) if text else None, "seconds": seconds}
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    seconds = time.monotonic() - began
+    facts = json.loads(text) if text else {"events": None, "modules": []}
+    # What a session imported, those that come after it need not import again.
+    for name in facts["modules"]:
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    return {"ended": status, "events": facts["events"], "seconds": seconds}
 
 
 def main() -> None:
-    import diffusers  # noqa: F401
     import torch
-    import transformers  # noqa: F401
-
-    import dbkit.train  # noqa: F401
 
     torch.set_num_threads(1)
     # The answers go where the test reads; what is printed goes with the sessions.

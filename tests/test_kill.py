@@ -31,11 +31,12 @@ def program(tmp_path):
 
 
 @pytest.fixture
-def case(settings, photos, tmp_path) -> dict:
+def case(settings, smaller_model, photos, tmp_path) -> dict:
     """Nearly every option that has a state: averages, a text encoder that rests, accumulation, variants, previews."""
     draw_photo(photos / "wide.png", (160, 80)).with_suffix(".txt").write_text("a wide thing")
     return {
         **settings,
+        "pretrained_model_name_or_path": str(smaller_model),
         "resolution": 32,
         "use_aspect_ratio_bucket": True,
         "hflip": True,

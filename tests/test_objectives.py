@@ -6,19 +6,16 @@ The combinations are where trainers go wrong: each feature alone is right in all
 import dataclasses
 import itertools
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import draw_photo
-from diffusers import UNet2DConditionModel
+from conftest import draw_photo, with_smaller_unet
 from reference import Reference
 from several_processes import finish, launch
 
 from dbkit import TrainConfig, processes
-from dbkit.libraries import quiet
 from dbkit.planning import make_plan
 from dbkit.settings import replace
 from dbkit.state import make_state
@@ -62,23 +59,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def bases(model, v_model, folder) -> dict[str, Path]:
     """The models of the tests with a still smaller U-Net, for thousands of passes."""
-    with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 32),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=64,
-            attention_head_dim=8,
-        )
-    made = {}
-    for name, base in (("model", model), ("v_model", v_model)):
-        made[name] = shutil.copytree(base, folder / name)
-        shutil.rmtree(made[name] / "unet")
-        unet.save_pretrained(made[name] / "unet")
-    return made
+    bases = {"model": model, "v_model": v_model}
+    return {name: with_smaller_unet(base, folder / name) for name, base in bases.items()}
 
 
 def make_config(folder: Path, model: Path, objective: Objective, **changes) -> TrainConfig:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dbkit import ConvertConfig, DbkitError, PrepareConfig, TrainConfig, describe_machine, open_workspace
-from dbkit.workspace import default_folder, on_colab
+from dbkit.workspace import default_folder, on_colab, working_folder
 
 
 def colab(monkeypatch, tmp_path, mount):
@@ -64,6 +64,20 @@ def test_on_colab_a_drive_that_is_not_mounted_is_a_sentence(monkeypatch, tmp_pat
     colab(monkeypatch, tmp_path, lambda place: None)
     with pytest.raises(DbkitError, match=r"^Google Drive is not mounted; run the cell again and allow access$"):
         open_workspace()
+
+
+def test_a_run_whose_home_is_on_the_drive_works_on_colabs_own_disk(monkeypatch, tmp_path):
+    home = tmp_path / "drive" / "MyDrive" / "dbkit" / "runs" / "dog"
+    assert working_folder(home, None) == home
+    assert working_folder(home, tmp_path / "fast") == tmp_path / "fast" / "dog"
+    colab(monkeypatch, tmp_path, lambda place: None)
+    with pytest.raises(
+        DbkitError, match="dog is on Google Drive, which is not mounted; run the first cell of notebook 1"
+    ):
+        working_folder(home, None)
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    assert working_folder(home, None) == Path("/content/dbkit_runs/MyDrive/dbkit/runs/dog")
+    assert working_folder(tmp_path / "here", None) == tmp_path / "here"
 
 
 def test_on_colab_a_named_folder_mounts_nothing(monkeypatch, tmp_path):
