@@ -107,9 +107,8 @@ def _with_mask(example: Example) -> Example:
 def class_examples(config: TrainConfig, concept: Concept, paths: list[Path], number: int = 0) -> list[Example]:
     """The class images of a concept, each with the class prompt, checked like the instance images."""
     # What is learnt about the class is how the base model draws it: its pictures are not varied.
-    plain = dataclasses.replace(
-        config, hflip=False, augment_rotation=0, augment_brightness=0, augment_contrast=0, augment_crop=0
-    )
+    names = [field.name for field in dataclasses.fields(config) if field.name.startswith("augment_")]
+    plain = dataclasses.replace(config, hflip=False, **{name: getattr(TrainConfig, name) for name in names})
     return _checked_examples(paths, dict.fromkeys(paths, (concept.class_prompt,)), plain, number)
 
 

@@ -71,9 +71,7 @@ def test_a_run_whose_home_is_on_the_drive_works_on_colabs_own_disk(monkeypatch, 
     assert working_folder(home, None) == home
     assert working_folder(home, tmp_path / "fast") == tmp_path / "fast" / "dog"
     colab(monkeypatch, tmp_path, lambda place: None)
-    with pytest.raises(
-        DbkitError, match="dog is on Google Drive, which is not mounted; run the first cell of notebook 1"
-    ):
+    with pytest.raises(DbkitError, match="dog is on Google Drive, which is not mounted; run the first cell"):
         working_folder(home, None)
     (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
     assert working_folder(home, None) == Path("/content/dbkit_runs/MyDrive/dbkit/runs/dog")
