@@ -191,11 +191,12 @@ def _state_bytes(name: str, shape: Sequence[int]) -> int:
 
 
 def in_8_bit(state: dict[str, Any]) -> dict[str, Any]:
-    """A state of AdamW or Lion with its moments in 8 bit: a fourth of the size, each number within 7 % of its own.
+    """An optimizer's state with its fp32 moments in 8 bit: a fourth of the size, each number within 7 % of its own.
 
-    A moment spans many powers of two, so the levels are powers too: a sign and 127 levels over 24 of them.
+    A moment spans many powers of two, so the levels are powers too: a sign and 127 levels over 24 of them. What a
+    library keeps in 8 bit already stays as it is.
     """
-    return _with_moments(state, _levels)
+    return _with_moments(state, lambda value: _levels(value) if _is_plain_fp32(value) else value)
 
 
 def from_8_bit(state: dict[str, Any]) -> dict[str, Any]:
@@ -209,6 +210,13 @@ def _with_moments(state: dict[str, Any], change: Callable[[Any], Any]) -> dict[s
         for number, values in state["state"].items()
     }
     return {**state, "state": changed}
+
+
+def _is_plain_fp32(value: Any) -> bool:
+    """Whether a value is a tensor of fp32 numbers, and no kind of its own that a library made."""
+    import torch
+
+    return type(value) is torch.Tensor and value.dtype == torch.float32
 
 
 def _levels(moment: torch.Tensor) -> dict[str, torch.Tensor]:

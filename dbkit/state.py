@@ -132,7 +132,8 @@ def state_size(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> int
     count = sum(parameter.numel() for parameter in parameters)
     each = 2 if config.resume_state == "weights" and config.save_precision != "fp32" else 4
     moments = 0 if config.resume_state == "weights" else state_bytes(config.chosen_optimizer, parameters)
-    return count * each * (2 if config.use_ema else 1) + moments // (4 if config.resume_state == "small" else 1)
+    small = config.resume_state == "small" and config.chosen_optimizer in ("adamw", "lion")
+    return count * each * (2 if config.use_ema else 1) + moments // (4 if small else 1)
 
 
 def read_state(state: State, saved: Checkpoint) -> None:

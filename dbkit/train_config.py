@@ -468,7 +468,7 @@ class TrainConfig(Settings):
     )
     resume_state: Literal["exact", "small", "weights"] = setting(
         "exact",
-        "what a state to resume from holds. exact: all of it, 10 GB for the U-Net of Stable Diffusion 1 with AdamW, and the run that goes on is the run that would have been; small: AdamW's moments in 8 bit, 5 GB, nearly that; weights: the weights in save_precision, 2 GB, and the optimizer begins anew",
+        "what a state to resume from holds. exact: all of it, 10 GB for the U-Net of Stable Diffusion 1 with AdamW, and the run that goes on is the run that would have been; small: moments in 8 bit, 5 GB, nearly that; weights: the weights in save_precision, 2 GB, and the optimizer begins anew",
         advanced=True,
     )
     session_minutes: float | None = setting(
@@ -640,8 +640,6 @@ class TrainConfig(Settings):
         return mistakes
 
     def _optimizer_mistakes(self) -> list[str]:
-        if self.resume_state == "small" and self.chosen_optimizer not in ("adamw", "lion"):
-            return [f"resume_state small is for adamw and lion; with optimizer {self.chosen_optimizer} leave it out"]
         if self.use_8bit_adam and self.optimizer not in ("adamw", "adamw8bit"):
             return [f"use_8bit_adam means adamw8bit, and optimizer is {self.optimizer}; leave one of them out"]
         unused = {"adafactor": ("adam_beta1", "adam_beta2", "adam_epsilon"), "lion": ("adam_epsilon",)}

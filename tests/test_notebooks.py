@@ -1,12 +1,21 @@
 """The notebooks are thin, carry no outputs, and share one first cell that names this version."""
 
 import ast
+import contextlib
 import json
+import os
+import queue
+import signal
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from jupyter_client.manager import KernelManager
 
 import dbkit
+from dbkit.log import read_log
+from dbkit.models import read_weights
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 ALLOWED = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
@@ -42,6 +51,54 @@ def test_cells_after_the_first_import_show_and_call_only(path):
         assert all(isinstance(node, ALLOWED) for node in tree.body)
         numbers = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value is not None]
         assert all(isinstance(value, str) for value in numbers), "a setting belongs in the form"
+
+
+def run_until_trained(workspace: Path, killed_at: int | None = None) -> None:
+    """Run notebook 4 in a kernel of its own, from its first cell through the training.
+
+    The kernel is killed, not interrupted, when the log of the run has reached the step killed_at.
+    """
+    cells = [source(cell) for cell in code_cells(NOTEBOOKS[3])]
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, "DBKIT_WORKSPACE": str(workspace), "OMP_NUM_THREADS": "1"})
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=120)
+        for cell in cells[: next(n for n, cell in enumerate(cells) if "dbkit.train(" in cell) + 1]:
+            asked, reply = client.execute(cell), None
+            while reply is None or reply["parent_header"].get("msg_id") != asked:
+                if killed_at and any(step_of(path) >= killed_at for path in workspace.glob("runs/*/log.jsonl")):
+                    manager.signal_kernel(signal.SIGKILL)
+                    return
+                with contextlib.suppress(queue.Empty):
+                    reply = client.get_shell_msg(timeout=0.05)
+                assert manager.is_alive()
+            assert reply["content"]["status"] == "ok", reply["content"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def step_of(log: Path) -> int:
+    return max((line["step"] for line in read_log(log)), default=0)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a kernel is killed by a signal")
+def test_a_killed_kernel_costs_nothing_when_the_notebook_is_run_again_from_its_first_cell(tmp_path):
+    settings = {"num_class_images": 2, "max_train_steps": 10, "save_model_every_n_steps": 3, "log_interval": 1}
+    for name in ("straight", "killed"):
+        (tmp_path / name / "settings").mkdir(parents=True)
+        (tmp_path / name / "settings" / "train.yaml").write_text(json.dumps({**settings, "auto_test_model": False}))
+    run_until_trained(tmp_path / "straight")
+    run_until_trained(tmp_path / "killed", killed_at=5)
+    straight, killed = (next((tmp_path / name).glob("runs/*/log.jsonl")).parent for name in ("straight", "killed"))
+    assert not (killed / "model").exists() and step_of(killed / "log.jsonl") >= 5
+    run_until_trained(tmp_path / "killed")
+    for part in ("unet", "text_encoder"):
+        one, two = (read_weights(run / "model", part) for run in (straight, killed))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert [line["step"] for line in read_log(killed / "log.jsonl")] == list(range(1, 11))
 
 
 def test_the_first_cell_is_the_same_everywhere_and_installs_this_version():
