@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbkit.checkpoint import MANIFEST, find_fault
+from dbkit.checkpoint import MANIFEST, by_step, find_fault, read_manifest
 from dbkit.errors import DbkitError
 from dbkit.log import read_log
 from dbkit.settings import closest, read_yaml
@@ -21,7 +20,6 @@ from dbkit.workspace import default_folder
 
 MIRROR = "mirror.json"
 _MARKS = ("settings.yaml", "log.jsonl", "resume", MIRROR)
-_NEVER_FINISHED = "it has no readable manifest, so it was never finished"
 
 
 @dataclass(frozen=True)
@@ -165,12 +163,12 @@ def read_place(folder: Path, verify: bool) -> Place:
 
 def _committed(parent: Path, verify: bool) -> list[Saved]:
     """What was committed in a folder, by step."""
-    folders, found = _by_step(parent), []
+    folders, found = by_step(parent), []
     for _ in range(5):
         found = [_read_saved(folder, step, verify) for step, folder in sorted(folders.items())]
         whole = bool(found) and not any(saved.fault for saved in found)
         # What was committed or rotated away meanwhile would look damaged, or be missed: look again.
-        before, folders = folders, _by_step(parent)
+        before, folders = folders, by_step(parent)
         if whole or before == folders:
             break
     oldest = min((saved.step for saved in found if not saved.fault), default=-1)
@@ -178,36 +176,18 @@ def _committed(parent: Path, verify: bool) -> list[Saved]:
     return [s for s in found if not s.fault or s.step > oldest or (s.folder / MANIFEST).exists()]
 
 
-def _by_step(parent: Path) -> dict[int, Path]:
-    found = ((folder, re.fullmatch(r"step_(\d{6,})", folder.name)) for folder in parent.glob("step_*"))
-    return {int(match[1]): folder for folder, match in found if match and folder.is_dir()}
-
-
 def _read_saved(folder: Path, step: int | None, verify: bool) -> Saved:
     """One committed folder by its manifest; step is the one that its name says."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        sizes = {str(name): int(facts["size"]) for name, facts in manifest["files"].items()}
-        saved = Saved(folder, int(manifest["step"]), sum(sizes.values()), _age(_modified(folder / MANIFEST)))
-    except (OSError, ValueError, AttributeError, KeyError, TypeError, OverflowError):
-        return Saved(folder, step or 0, fault=_NEVER_FINISHED)
-    try:
-        fault = find_fault(folder, step) if verify else _find_wrong_size(folder, sizes)
+        manifest = read_manifest(folder)
+        fault = find_fault(folder, step, sizes_only=not verify)
     except OSError as error:
-        fault = f"it cannot be read ({error.strerror})"
-    if step is not None and saved.step != step:
-        fault = f"it is of step {saved.step}"
-    return Saved(folder, saved.step if step is None else step, saved.size, saved.age, fault)
-
-
-def _find_wrong_size(folder: Path, sizes: dict[str, int]) -> str | None:
-    for name, wanted in sizes.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != wanted:
-            return f"{name} has changed or is damaged"
-    return None
+        return Saved(folder, step or 0, fault=f"it cannot be read ({error.strerror})")
+    if manifest is None:
+        return Saved(folder, step or 0, fault=fault)
+    size = sum(facts["size"] for facts in manifest["files"].values())
+    age = _age(_modified(folder / MANIFEST))
+    return Saved(folder, manifest["step"] if step is None else step, size, age, fault)
 
 
 def read_lines(folder: Path) -> list[dict]:

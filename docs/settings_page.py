@@ -95,6 +95,7 @@ def _row(cls: type[Settings], field: dataclasses.Field) -> str:
     kind = [type_name(field_type(cls, field.name))]
     kind += [f"{word} {facts[key]:,}".replace(",", " ") for key, word in _BOUNDS if key in facts]
     kind += ["or `auto`"] if facts.get("auto") else []
+    kind += ["fixed for a run"] if facts.get("fixed") else []
     return f"| `{field.name}` | {', '.join(kind)} | {_default(field.default)} | {facts['help']} |\n"
 
 

@@ -77,6 +77,11 @@ REFUSED = {
     "no pixels": ("a.png", png_claiming(0, 0), "a.png cannot be read as an image"),
     "damaged data": ("a.png", PNG[:60] + b"\xff" * 30 + PNG[90:], "a.png cannot be read as an image"),
     "one pixel": ("a.png", encoded(drawn((1, 1)), "PNG"), "a.png has 1 x 1 pixels; too small"),
+    "fully transparent": (
+        "a.png",
+        encoded(Image.new("RGBA", (80, 60), (254, 0, 0, 0)), "PNG"),
+        "a.png is transparent all over",
+    ),
     "a line": ("a.png", encoded(drawn((500, 3)), "PNG"), "a.png has 500 x 3 pixels; too small"),
     "a raw photograph": ("a.dng", b"raw", "a.dng is of a kind that dbkit does not read"),
     "a Photoshop file": ("a.PSD", b"8BPS", "a.PSD is of a kind that dbkit does not read"),
@@ -101,12 +106,6 @@ def sideways():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     return encoded(drawn(), "JPEG", exif=exif)
-
-
-def transparent():
-    image = drawn(mode="RGBA")
-    image.putalpha(Image.new("L", image.size, 0))
-    return encoded(image, "PNG")
 
 
 def sixteen_bit():
@@ -145,8 +144,7 @@ READ = {
         lambda: encoded(Image.fromarray(np.full((60, 80), 0.5, np.float32)), "TIFF"),
         (127,) * 3,
     ),
-    "fully transparent": ("a.png", transparent, WHITE),
-    "grey with alpha": ("a.png", lambda: encoded(Image.new("LA", (80, 60), (0, 0)), "PNG"), WHITE),
+    "grey with alpha": ("a.png", lambda: encoded(Image.new("LA", (80, 60), (0, 1)), "PNG"), WHITE),
     "animated GIF, its first frame": ("a.gif", lambda: animated("GIF"), RED),
     "animated WEBP, its first frame": ("a.webp", lambda: animated("WEBP"), RED),
     "animated PNG, its first frame": ("a.png", lambda: animated("PNG"), RED),
