@@ -72,10 +72,13 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
             folder.rename(old)
         partial.rename(folder)
         sync_folder(folder.parent)
-        if old.exists():
-            remove_committed(old)
     fault = find_fault(folder)
+    if fault is None and old.exists():
+        remove_committed(old)
     if fault:
+        if old.exists():
+            shutil.rmtree(folder)
+            old.rename(folder)
         raise DiskError(
             f"the checkpoint {folder} reads back wrong ({fault}); the disk may be failing, choose another output_dir"
         )
@@ -167,7 +170,7 @@ def rotate(
     folders = by_step(parent)
     kept = [step for step in sorted(folders) if step <= newest and (folders[step] / MANIFEST).is_file()][-keep:]
     for step, folder in folders.items():
-        if step < kept[0] and not (spare and spare(folder)):
+        if kept and step < kept[0] and not (spare and spare(folder)):
             remove_committed(folder, for_good)
     for partial in parent.glob("step_*.partial"):
         remove_committed(partial, for_good)
@@ -198,7 +201,7 @@ def remove_committed(folder: Path, for_good: bool = False) -> None:
         if for_good and (folder / name).is_file() and not (folder / name).is_symlink():
             os.truncate(folder / name, 0)
         (folder / name).unlink(missing_ok=True)
-    if listed and strangers:
+    if strangers and not folder.name.endswith(".partial"):
         (folder / DRAFT).unlink(missing_ok=True)
         print(f"files that dbkit did not make are kept in {move_aside(folder)}")
     else:

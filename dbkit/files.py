@@ -60,7 +60,7 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
             number = int(found[1])
             error = OSError(number, os.strerror(number))
         if number in FULL or os.strerror(errno.ENOSPC) in str(error):
-            free = shutil.disk_usage(_existing(folder)).free
+            free = free_space(folder)
             raise DiskError(
                 f"the disk of {folder} is full ({size(free)} free); free some space there, then run the "
                 "same command again"
@@ -68,9 +68,14 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
         raise error
 
 
+def free_space(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
 def require_space(folder: Path, needed: int, what: str) -> None:
     """Raise DiskError when fewer than `needed` bytes are free where `folder` is."""
-    free = shutil.disk_usage(_existing(folder)).free
+    free = free_space(folder)
     if free < needed:
         raise DiskError(
             f"{what} needs {size(needed)} in {folder} and {size(free)} are free; free some space or choose "

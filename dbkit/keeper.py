@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
-from dbkit.checkpoint import commit, find_fault, rotate, step_folder
+from dbkit.checkpoint import commit, find_fault, read_manifest, rotate, step_folder
 from dbkit.errors import DbkitError, DiskError
-from dbkit.files import require_space, size
+from dbkit.files import free_space, require_space, size
 from dbkit.lora import save_lora
 from dbkit.mirror import Mirror
 from dbkit.models import save_models
@@ -52,17 +51,18 @@ class Keeper:
         self.saved = saves.done  # the step of the newest state
         self.place = home  # where all of the run is, once it has ended
         self.failing: set[str] = set()
+        self.then = ""  # what follows a save that failed
         self.copied: dict[Path, int] = {}
         self.model_size = _usable_size(config, state)
-        if processes.rank() == 0:
-            self._open()
 
     def _open(self) -> None:
         self._require_space()
         for folder in {self.run, self.home}:
             with contextlib.suppress(OSError):
                 (folder / STOP).unlink()  # one of an earlier session
-        if self.home != self.run:
+        if self.home == self.run:
+            (self.run / "mirror.json").unlink(missing_ok=True)  # of a time when it worked elsewhere
+        else:
             self.mirror = Mirror(self.run, self.home)
             self.mirror.catch_up(self.config.checkpoints_total_limit)
             threading.Thread(target=self._watch_home, name="dbkit stop file", daemon=True).start()
@@ -87,15 +87,16 @@ class Keeper:
                 states = 2 if folder == self.home else 3
                 total = states * needed + (kept + 1) * self.model_size
                 require_space(folder, max(needed, total - there), "this run")
-                words += f"; {size(shutil.disk_usage(_existing(folder)).free)} are free in {folder}"
+                words += f"; {size(free_space(folder))} are free in {folder}"
             except DiskError as error:
                 way = "; resume_state small or weights, or a lower checkpoints_total_limit, takes less"
                 raise DiskError(f"{error}{way}") from error
             except OSError as error:
                 words += f"; {folder} cannot be reached ({error.strerror})"
-        print(words)
+        _say(words)
 
     def __enter__(self) -> Keeper:
+        on_main(self._open)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -103,6 +104,8 @@ class Keeper:
         mirror, self.mirror = self.mirror, None
         if mirror:
             self._copy_loose(mirror)
+            if mirror.queue or mirror.busy:
+                _say(f"copying to {self.home}; all is safe in {self.run}, and what is left the next session copies")
             if not _close(mirror, PATIENCE if kind is None else PATIENCE_AFTER_STOP):
                 # A home that hangs must not hold up who looks for the model.
                 self.place = self.run
@@ -115,15 +118,18 @@ class Keeper:
                 _say(sentence)
         if sentence := self.saves.outlook(step):
             _say(sentence)
-        stop = stopping or self.stop_at_home or (self.run / STOP).exists()
+        with contextlib.suppress(OSError):
+            stopping = stopping or (self.run / STOP).exists()
+        stop = stopping or self.stop_at_home
         return Due(processes.most(Due.STOP if stop else self.saves.due(step)))
 
-    def save(self, step: int, weights: bool = False) -> int:
+    def save(self, step: int, weights: bool = False, last: bool = False) -> int:
         """Commit the state of a step, and usable weights if asked for; returns the step of the newest state.
 
-        That is an earlier one where the disk is full or fails, which is printed. Raises DbkitError where the weights
-        are not numbers.
+        That is an earlier one where the disk is full or fails, which is printed. last: no other save follows. Raises
+        DbkitError where the weights are not numbers.
         """
+        self.then = "" if last else "; training goes on, and the next save tries again"
         optimizer = self.state.gather()
         with self.saves.saving():
             self.saved = on_main(self._save, optimizer, step, weights)
@@ -146,12 +152,16 @@ class Keeper:
         try:
             self._commit_weights(self.run / "model", step, 0)
         except (DiskError, OSError) as error:
-            raise DiskError(
-                f"the finished model could not be written: {error}; the state of step {self.saved} is saved, and the "
-                "same command goes on from there"
-            ) from error
+            raise DiskError(f"the finished model could not be written: {error}; {self.what_is_saved()}") from error
         if (self.run / "checkpoints").exists():
             rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._holds)
+
+    def what_is_saved(self) -> str:
+        """What to do next, as the end of a sentence."""
+        if not self.saved:
+            return "nothing is saved, so what was trained is lost; free some space, then train again"
+        again = " without start_over" if self.config.start_over else ""
+        return f"the state of step {self.saved} is saved, train again{again} to go on from there"
 
     def _require_numbers(self, step: int) -> None:
         for part, module in self.state.plain.items():
@@ -166,8 +176,8 @@ class Keeper:
         try:
             work()
         except (DiskError, OSError) as error:
-            if what not in self.failing:
-                _say(f"the {what} of step {step} could not be saved: {error}; training goes on and tries again")
+            if what not in self.failing or not self.then:
+                _say(f"the {what} of step {step} could not be saved: {error}{self.then}")
             self.failing.add(what)
             return False
         if what in self.failing:
@@ -177,8 +187,8 @@ class Keeper:
 
     def _commit_state(self, optimizer: dict[str, Any], step: int) -> None:
         folder = step_folder(self.run / "resume", step)
-        # A whole state of this step is the one that was continued from: it stays, for there is no other one.
-        if find_fault(folder, step=step):
+        # The state that was continued from stays, for there is no other one.
+        if step != self.saved or find_fault(folder, step=step):
             require_space(self.run, state_size(self.config, self.state.parameters), "a saved state")
             write = functools.partial(write_state, self.state, optimizer=optimizer, config=self.config)
             commit(folder, step, write, self.identity)
@@ -188,8 +198,8 @@ class Keeper:
 
     def _commit_weights(self, folder: Path, step: int, keep: int) -> None:
         """Usable weights: a checkpoint of which the last `keep` stay, or with 0 the finished model."""
-        # A whole checkpoint of this step is there where a kill came after it: it would be the same again.
-        if not keep or find_fault(folder, step=step):
+        # The checkpoint of the state that was continued from would be the same again, if it is of this run.
+        if not keep or step != self.saves.done or self._is_other(folder, step):
             require_space(self.run, self.model_size, "usable weights")
             with self.state.averaged():
                 commit(folder, step, self._writer(step, finished=not keep), self.identity)
@@ -197,6 +207,12 @@ class Keeper:
             self.mirror.commit(folder, keep)
         if keep:
             rotate(folder.parent, step, keep, self._holds)
+
+    def _is_other(self, folder: Path, step: int) -> bool:
+        manifest = read_manifest(folder)
+        return (
+            manifest is None or manifest["facts"].get("run") != self.identity["run"] or bool(find_fault(folder, step))
+        )
 
     def _writer(self, step: int, finished: bool) -> Callable[[Path], None]:
         if self.config.adapter == "none":
@@ -212,20 +228,23 @@ class Keeper:
         """Settings, log, previews and the trackers' files: what is no commit, and small."""
         for path in self.run.rglob("*") if mirror else ():
             committed = path.relative_to(self.run).parts[0] in ("resume", "checkpoints", "model")
-            if committed or not path.is_file() or path.suffix == ".partial" or path.name == "mirror.json":
+            if committed or path.suffix == ".partial" or path.name in ("mirror.json", STOP):
                 continue
-            changed = path.stat().st_mtime_ns
-            if self.copied.get(path) != changed:
-                self.copied[path] = changed
-                mirror.file(path)
+            # Other programs' files, a tracker's for instance, come and go.
+            with contextlib.suppress(OSError):
+                changed = path.stat().st_mtime_ns
+                if path.is_file() and self.copied.get(path) != changed:
+                    self.copied[path] = changed
+                    mirror.file(path)
 
 
-def copy_home(config: TrainConfig, run: Path, home: Path) -> None:
-    """Copy to a run's home what an earlier session could not, without training."""
-    if run != home and run.exists():
-        mirror = Mirror(run, home)
-        mirror.catch_up(config.checkpoints_total_limit)
-        _close(mirror, PATIENCE)
+def copy_home(config: TrainConfig, run: Path, home: Path) -> Path:
+    """Copy to a run's home what an earlier session could not, without training; returns where all of the run is."""
+    if run == home or not run.exists():
+        return home
+    mirror = Mirror(run, home)
+    mirror.catch_up(config.checkpoints_total_limit)
+    return home if _close(mirror, PATIENCE) else run
 
 
 def _close(mirror: Mirror, patience: float) -> bool:
@@ -242,10 +261,6 @@ def _usable_size(config: TrainConfig, state: State) -> int:
     whole = sum(parameter.numel() for module in parts for parameter in module.parameters())
     count = sum(parameter.numel() for parameter in state.parameters) if config.adapter == "lora" else whole
     return count * (4 if config.save_precision == "fp32" else 2)
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder, *folder.parents) if path.exists())
 
 
 def _say(sentence: str) -> None:

@@ -66,7 +66,7 @@ class Log:
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8", newline="\n") as file:
             # A disk too full for a line must not end the training; the next commit says so.
             file.write(json.dumps(line) + "\n")
-        self.track(step, {name: value for name, value in line.items() if name != "step"})
+        self._track(step, {name: value for name, value in line.items() if name != "step"})
         self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.1e}")
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
 
@@ -74,7 +74,15 @@ class Log:
         if self.silent:
             return
         self.bar.close()
-        self.track(self.total, {})
+        self._track(self.total, {})
+
+    def _track(self, step: int, values: dict[str, Any]) -> None:
+        """Tell the tracker, if there is one. That it cannot write is said once, and ends its work, not the training."""
+        try:
+            self.track(step, values)
+        except OSError as error:
+            self.bar.write(f"the tracker cannot write ({error}); training goes on without it")
+            self.track = lambda step, values: None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbkit.checkpoint import MANIFEST, by_step, newest_valid, remove_committed, rotate
+from dbkit.checkpoint import MANIFEST, by_step, newest_valid, read_manifest, remove_committed, rotate
 from dbkit.copies import copy_committed, copy_loose, manifest_of, partial_of, reason_of, restore
 from dbkit.errors import DbkitError
 from dbkit.files import FULL, full_disk_is_a_sentence, require_space, size
@@ -61,6 +61,7 @@ class Mirror:
         self.since: float | None = None
         self.moved = self.before = self.shown = self.began = 0.0
         self.longest = 0.0  # the seconds that the slowest copy took
+        self.lost: dict[str, str] = {}  # what cannot be copied, as a sentence
         self.cleaned: set[tuple[Path, str]] = set()
         threading.Thread(target=self._work, name="dbkit mirror", daemon=True).start()
 
@@ -109,17 +110,23 @@ class Mirror:
             for item in self.queue.values():
                 item.tries, item.due = 0, 0.0
             self.changed.notify_all()
-            while (self.queue or self.busy) and (left := self.moved + patience - time.monotonic()) > 0:
-                self.changed.wait(left)
-            self.ended = True
-            self.changed.notify_all()
+            try:
+                while (self.queue or self.busy) and (left := self.moved + patience - time.monotonic()) > 0:
+                    self.changed.wait(left)
+            finally:
+                # Also where somebody does not want to wait: the thread must not go on beside that of the next run.
+                self.ended = True
+                self.changed.notify_all()
             missing = [item for item in (self.current, *self.queue.values()) if item]
         self._show()
         why = f"nothing moved for {patience:g} seconds" if patience else "there was no time"
         return [
-            f"{item.name} is not at {self.home} ({item.reason or why}); it is kept in {self.local}, and to run "
-            "the same command again copies it"
-            for item in missing
+            *self.lost.values(),
+            *(
+                f"{item.name} is not at {self.home} ({item.reason or why}); it is kept in {self.local}, and to run "
+                "the same command again copies it"
+                for item in missing
+            ),
         ]
 
     def _name(self, path: Path) -> str:
@@ -180,6 +187,8 @@ class Mirror:
     def _send(self, item: Item, manifest: dict[str, Any] | None) -> None:
         target = self.home / item.name
         self._make_parents(target)
+        if manifest and not item.keep and ((there := read_manifest(target)) and there["step"] > manifest["step"]):
+            return  # another machine has trained the run further
         if manifest is None:
             self._clean(target)
             copy_loose(item.path, target, self._wrote, self._seen)
@@ -211,7 +220,8 @@ class Mirror:
         """Remove, once, what a killed process left of files like this one."""
         if (target.parent, target.suffix) not in self.cleaned:
             for partial in target.parent.glob(f"*{target.suffix}.partial"):
-                partial.unlink()
+                if partial.is_file():
+                    partial.unlink()
             self.cleaned.add((target.parent, target.suffix))
 
     def _seen(self, count: int) -> None:
@@ -232,8 +242,10 @@ class Mirror:
         with self.changed:
             self.current = None
             self.longest = max(self.longest, time.monotonic() - self.began)
+            self.lost.pop(item.name, None)
             if sentence:
                 self.sentences.append(sentence)
+                self.lost[item.name] = f"{item.name} is not at {self.home}: what {self.local} holds of it is damaged"
             if self.said and not any(other.failed for other in self.queue.values()):
                 self.sentences += (
                     [] if sentence else [f"{self.home} takes copies again: {item.name} is there, verified"]
@@ -312,9 +324,15 @@ def bring_back(local: Path, home: Path) -> list[str]:
     """
     here, _ = newest_valid(local / "resume")
     try:
-        home.mkdir(parents=True, exist_ok=True)
+        # A home that was there before is not made anew: where Drive was mounted, that would be a folder of this disk.
+        if here is None:
+            home.mkdir(parents=True, exist_ok=True)
+        else:
+            home.parent.stat()
         for old in (home / "resume").glob("step_*.old"):
             restore(old)
+        if here and max(by_step(home / "resume"), default=0) <= here.step:
+            return []
         there, skipped = newest_valid(home / "resume")
         finished = (home / "model").is_dir()
     except OSError as error:
@@ -353,7 +371,7 @@ def _fetch(local: Path, state: Path, home: Path) -> None:
     require_space(local, total, "the saved state")
     with full_disk_is_a_sentence(local), tqdm(desc=f"bringing {state.name}", total=total, unit="B") as bar:
         try:
-            for name in ("settings.yaml", "log.jsonl"):
+            for name in ("settings.yaml", "log.jsonl", "wandb_id.txt"):
                 if (home / name).is_file():
                     copy_loose(home / name, local / name, _ignore, _ignore)
             copy_committed(state, target, bar.update, _ignore)

@@ -193,6 +193,8 @@ def _state_bytes(name: str, shape: Sequence[int]) -> int:
 def in_8_bit(state: dict[str, Any]) -> dict[str, Any]:
     """An optimizer's state with its fp32 moments in 8 bit: a fourth of the size, each number within 7 % of its own.
 
+    That is down to 2 ** -24 of a tensor's largest; what is smaller is raised to that.
+
     A moment spans many powers of two, so the levels are powers too: a sign and 127 levels over 24 of them. What a
     library keeps in 8 bit already stays as it is.
     """

@@ -24,7 +24,7 @@ from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
-from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state
+from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state, run_id
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
@@ -88,7 +88,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     # After every other mistake, since this makes a repository.
     require_hub(config, run)
     for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
-        if (folder / "resume").exists() or (folder / "settings.yaml").exists():
+        if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
             print(f"the earlier run is moved to {move_aside(folder)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
@@ -107,6 +107,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
         print(f"continuing after step {done}{of_state(saved)}")
     for sentence in changes_since(config, run) if saved else of_model(config.pretrained_model_name_or_path):
         print(sentence)
+    identity["run"] = run_id(saved)
     rest_after = _rest_after(config, max(total, done), saved)
     if rest_after:
         identity[_REST_AFTER] = rest_after

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import secrets
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dbkit import models, processes
-from dbkit.checkpoint import Checkpoint, find_fault, newest_valid, read_manifest
+from dbkit.checkpoint import Checkpoint, by_step, find_fault, newest_valid, read_manifest
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, fingerprint
+from dbkit.files import move_aside, one_process
 from dbkit.mirror import bring_back
 from dbkit.run_folder import read_mirror
 from dbkit.settings import plain, read_yaml
@@ -47,25 +50,77 @@ def identity_of(
     }
 
 
+@contextlib.contextmanager
+def locked(run: Path, home: Path) -> Iterator[None]:
+    """Keep other processes of this machine out of a run: of where it works, and of its home if that can be reached."""
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(one_process(run))
+        if run != home:
+            with contextlib.suppress(OSError):
+                locks.enter_context(one_process(home))
+        yield
+
+
 def open_run(config: TrainConfig, run: Path, home: Path) -> None:
     """Bring to where a run works what its home has beyond that, unless it starts over."""
-    if run == home:
-        return
     said = read_mirror(run)
+    if run == home:
+        local = said and newest_valid(said.local / "resume")[0]
+        if local and said.home == home and local.step > max(by_step(run / "resume"), default=0):
+            print(
+                f"{said.local} holds step {local.step} of this run, which is newer; give local_dir to go on from there"
+            )
+        return
     if said and said.home != home and (run / "resume").exists():
         raise DbkitError(f"{run} is where the run {said.home} works; choose another local_dir for {home}")
+    print(f"the run works in {run}; looking at {home}")
     if config.start_over:
-        # The mirror makes no more than the folder itself.
-        with contextlib.suppress(OSError):
+        try:
+            # The mirror makes no more than the folder itself.
             home.parent.mkdir(parents=True, exist_ok=True)
+            (home / "resume").exists()
+        except OSError as error:
+            raise DbkitError(
+                f"{home} cannot be reached ({error.strerror}), so the run there cannot be moved aside; mount it again, "
+                "or choose another output_dir"
+            ) from error
         return
+    _part_runs(run, home)
     for sentence in bring_back(run, home):
         print(sentence)
 
 
-def finished_in(folders: Sequence[Path], step: int) -> Path | None:
-    """The first of a run's folders that has its finished model, of that step and whole."""
-    for folder in folders:
+def run_id(saved: Checkpoint | None) -> str:
+    """What tells a run from another one in the same folder: when it began, and a random number."""
+    return (
+        saved and saved.facts.get("run")
+    ) or f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+
+
+def _part_runs(run: Path, home: Path) -> None:
+    """Where a run began anew at home, or here while home was away, move the older one aside: they must not be mixed."""
+    try:
+        here, there = (_newest_id(folder) for folder in (run, home))
+        if here and there and here != there:
+            older = run if here < there else home
+            print(
+                f"{older} holds an older run than {home if older == run else run}; it is moved to {move_aside(older)}"
+            )
+    except OSError:
+        return  # bring_back() says that home cannot be reached
+
+
+def _newest_id(folder: Path) -> str | None:
+    """The run that the newest state of a folder belongs to."""
+    for _, state in sorted(by_step(folder / "resume").items(), reverse=True):
+        if manifest := read_manifest(state):
+            return manifest["facts"].get("run")
+    return None
+
+
+def finished_in(run: Path, place: Path, step: int) -> Path | None:
+    """Where a run's finished model of that step is: in `place`, its home if all is there, or where it works."""
+    for folder in (place, run):
         with contextlib.suppress(OSError):
             if find_fault(folder / "model", step) is None:
                 return folder
@@ -113,10 +168,11 @@ def newest_state(run: Path) -> Checkpoint | None:
         print(sentence)
     if skipped and not saved:
         raise DbkitError(f"no saved state in {run / 'resume'} is whole; set start_over to begin again at step 0")
-    if saved is None and (run / "model").exists():
+    left = "a finished model" if (run / "model").exists() else "checkpoints" if by_step(run / "checkpoints") else None
+    if saved is None and left:
         raise DbkitError(
-            f"{run} holds a finished model and no state to go on from; choose another output_dir, or set start_over, "
-            "which moves it aside"
+            f"{run} holds {left} and no state to go on from; choose another output_dir, or set start_over, which moves "
+            "it aside"
         )
     return saved
 

@@ -22,11 +22,20 @@ class Due(enum.IntEnum):
 class Saves:
     """Tells after each step whether to save. Times are in seconds of `clock`."""
 
-    def __init__(self, config: TrainConfig, done: int, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        done: int,
+        total: int,
+        clock: Callable[[], float] = time.monotonic,
+        session: float | None = None,
+    ) -> None:
         self.every, self.done, self.total, self.clock = config.save_model_every_n_steps, done, total, clock
         self.pause = 60 * config.save_every_n_minutes if config.save_every_n_minutes else float("inf")
         self.start()
-        self.end = self.began + 60 * config.session_minutes if config.session_minutes else float("inf")
+        # session is when session_minutes began to run: class images and loading take their part.
+        began = self.began if session is None else session
+        self.end = began + 60 * config.session_minutes if config.session_minutes else float("inf")
         # How long the longest save took, its copy to a slower place included.
         self.longest = 0.0
         self.before_end = self.said = False
@@ -75,7 +84,7 @@ class Saves:
             return None
         self.said = True
         each = (now - self.began) / steps
-        needed, left = each * (self.total - step), self.end - now
+        needed, left = each * (self.total - step), max(0.0, self.end - now)
         both = f"at {each:.2g} s a step the run needs {_minutes(needed)} more, and this session has {_minutes(left)}"
         if needed <= left:
             return f"{both}: it fits"
@@ -87,4 +96,4 @@ class Saves:
 
 
 def _minutes(seconds: float) -> str:
-    return f"{max(0.0, seconds) / 60:.0f} min"
+    return f"{seconds / 60:.0f} min"

@@ -159,7 +159,7 @@ def status(config: StatusConfig) -> RunStatus:
         home=places[-1],
         local=places[0] if local_folder else None,
         step=step,
-        total=total,
+        total=total and max(total, step),
         finished=max(whole, default=-1) >= (total or step),
         at_work=True if True in locks else None if None in locks else False,
         losses=[(line["step"], line["loss"]) for line in logged if run_folder.finite(line.get("loss"))],

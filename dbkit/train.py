@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.concepts import Concept
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import first_prompts
-from dbkit.files import one_process, stop_requests
+from dbkit.files import stop_requests
 from dbkit.hub import upload_model
 from dbkit.identifier import describe
 from dbkit.keeper import Keeper, copy_home
@@ -30,7 +31,7 @@ from dbkit.order import Order
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
-from dbkit.resume import finished_in, open_run
+from dbkit.resume import finished_in, locked, open_run
 from dbkit.sampling import autocast
 from dbkit.saves import Due, Saves
 from dbkit.settings import configured_by, replace
@@ -52,30 +53,30 @@ def train(config: TrainConfig) -> Path:
     diffusers layout. Interrupted, it commits its state and raises KeyboardInterrupt; called again, it goes on.
     """
     method = "dreambooth" if config.with_prior_preservation else "native"
+    began = time.monotonic()
     home = (config.output_dir or default_folder() / "runs" / method).absolute()
     run = working_folder(home, config.local_dir)
     device = processes.start(choose_device(config.device), config.local_rank)
-    with one_process(run) if processes.rank() == 0 else processes.silent():
-        return _train(config, run, home, device)
+    with locked(run, home) if processes.rank() == 0 else processes.silent():
+        return _train(config, run, home, device, began)
 
 
-def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> Path:
+def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, began: float) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     dtype = choose_dtype(config.mixed_precision, device)
     on_main(open_run, config, run, home)
     config = on_main(choose_settings, config, run, device, dtype)
     plan = on_main(make_plan, config, run, device, home)
-    if plan.done >= plan.total:
-        on_main(copy_home, config, run, home)
-    if plan.done >= plan.total and (made := on_main(finished_in, (home, run), plan.done)):
+    place = on_main(copy_home, config, run, home) if plan.done >= plan.total else run
+    if plan.done >= plan.total and (made := on_main(finished_in, run, place, plan.done)):
         print(f"{counted(plan.done, 'step')} done already; to train further, raise max_train_steps above that")
         on_main(upload_model, config, made, plan.done, first_prompts(plan.instance, plan.concepts))
         return made / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
-    # The same goes for the place that a launcher gave this process.
-    on_main(replace(config, start_over=False, local_rank=-1).save, run / "settings.yaml")
+    # The same goes for the place that a launcher gave this process, and for the session's end.
+    on_main(replace(config, start_over=False, local_rank=-1, session_minutes=None).save, run / "settings.yaml")
 
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
@@ -89,7 +90,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> 
     preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
-    saves = Saves(config, done, total)
+    saves = Saves(config, done, total, session=began)
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
@@ -109,26 +110,26 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device) -> 
             due = keeper.due(step, stop.made)
             if due is Due.STOP:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
-                saved = keeper.save(step)
+                keeper.save(step, last=True)
                 log.close()
-                which = "its state" if saved == step else f"the state of step {saved}"
-                raise KeyboardInterrupt(f"stopped after step {step} of {total}; {which} is saved, train again to go on")
+                raise KeyboardInterrupt(f"stopped after step {step} of {total}; {keeper.what_is_saved()}")
             if due:
                 keeper.save(step, weights=due is Due.WEIGHTS)
             if due is Due.WEIGHTS:
                 preview_of(step)
-        log.close()
-
         # 5. Finished model.
         if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
             raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
         # The model comes last: a run that has it lacks nothing. Until then the state is what counts.
-        keeper.save(total)
+        keeper.save(total, last=True)
+        log.close()
         preview_of(total)
         keeper.finish(total)
+    made = on_main(finished_in, run, keeper.place, total)
+    if made is None:
+        raise DbkitError(f"the finished model in {run} has changed since it was written; the disk may be failing")
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
-    made = on_main(finished_in, (keeper.place, run), total)
     on_main(upload_model, config, made, total, prompts)
     return made / "model"
 
@@ -242,9 +243,11 @@ def _preview(
 
     output = run / "previews" / f"step_{step:06d}.png"
     # Those of a step from which the run goes on were made already, if no kill came between.
-    if not config.auto_test_model or (step and output.exists()):
+    if not config.auto_test_model:
         return
     try:
+        if step and output.exists():
+            return
         with state.averaged():
             make_preview(
                 state.shown,

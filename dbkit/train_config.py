@@ -475,6 +475,7 @@ class TrainConfig(Settings):
         None,
         "minutes that this session has left, for instance one of Colab; it is said whether the run fits, and a state is saved shortly before they end; empty: not known",
         above=0,
+        max=100_000,
         advanced=True,
     )
     local_dir: Path | None = setting(

@@ -79,7 +79,15 @@ def _is_leftover(name: str) -> bool:
 def working_folder(home: Path, local_dir: Path | None) -> Path:
     """Where the run of that home works: in home itself, or in local_dir; on Colab's disk if home is on Google Drive."""
     if local_dir:
-        return (local_dir / home.name).absolute()
+        run = (local_dir / home.name).absolute()
+        one, other = run.resolve(), home.resolve()
+        if one == other:
+            return home
+        if one in other.parents or other in one.parents:
+            raise DbkitError(f"output_dir {home} and local_dir's {run} lie in one another; choose another local_dir")
+        if blocking := next((path for path in (run, *run.parents) if path.is_file()), None):
+            raise DbkitError(f"local_dir {local_dir} cannot be made, since {blocking} is a file; choose another one")
+        return run
     if on_colab() and home.is_relative_to(_DRIVE):
         if not (_DRIVE / "MyDrive").exists():
             raise DbkitError(f"{home} is on Google Drive, which is not mounted; run the first cell of notebook 1")

@@ -55,7 +55,8 @@ def stop_in_pass(config: TrainConfig, number: int, step: int, **changes) -> None
     with (
         at_unet_pass(number, lambda: os.kill(os.getpid(), signal.SIGINT)),
         pytest.raises(
-            KeyboardInterrupt, match=rf"stopped after step {step} of \d+; its state is saved, train again to"
+            KeyboardInterrupt,
+            match=rf"stopped after step {step} of \d+; the state of step {step} is saved, train again to",
         ),
     ):
         train(config, **changes)
