@@ -56,7 +56,7 @@ def stop_in_pass(config: TrainConfig, number: int, step: int, **changes) -> None
         at_unet_pass(number, lambda: os.kill(os.getpid(), signal.SIGINT)),
         pytest.raises(
             KeyboardInterrupt,
-            match=rf"stopped after step {step} of \d+; the state of step {step} is saved, train again to",
+            match=rf"stopped after step {step} of \d+; the state of step {step} is saved, train",
         ),
     ):
         train(config, **changes)
