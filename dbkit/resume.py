@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import secrets
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,12 +54,18 @@ def identity_of(
 
 @contextlib.contextmanager
 def locked(run: Path, home: Path) -> Iterator[None]:
-    """Keep other processes of this machine out of a run: of where it works, and of its home if that can be reached."""
+    """Keep other processes of this machine out of a run: out of where it works, and of its home."""
     with contextlib.ExitStack() as locks:
         locks.enter_context(one_process(run))
         if run != home:
-            with contextlib.suppress(OSError):
-                locks.enter_context(one_process(home))
+            # On the local disk: a home that hangs must not hold up the end of a run.
+            name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
+            try:
+                locks.enter_context(one_process(Path(tempfile.gettempdir()) / f"dbkit-{name}"))
+            except DbkitError as error:
+                raise DbkitError(
+                    f"another process copies to {home}; wait for it, or choose another output_dir"
+                ) from error
         yield
 
 

@@ -85,7 +85,7 @@ def test_a_disk_that_fails_under_a_run_is_said_and_what_it_costs_is_trained_agai
             assert first["made"] == str(run / "model"), (fault, result)
             assert "could not be saved" in first["said"] and "saving works again" in first["said"], (fault, result)
         else:
-            said = r"DiskError: the finished model could not be written: .*; the state of step 1 is saved, and the same"
+            said = r"DiskError: the finished model could not be written: .*; the state of step 1 is saved, train"
             assert re.match(said, first["made"]), (fault, result)
             # A problem that lasts is said once.
             assert len(re.findall("the state of step . could not be saved", first["said"])) == 1, (fault, result)
