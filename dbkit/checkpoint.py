@@ -201,7 +201,8 @@ def remove_committed(folder: Path, for_good: bool = False) -> None:
         if for_good and (folder / name).is_file() and not (folder / name).is_symlink():
             os.truncate(folder / name, 0)
         (folder / name).unlink(missing_ok=True)
-    if strangers and not folder.name.endswith(".partial"):
+    # Without any manifest it is no folder that dbkit left; with a damaged one it is.
+    if strangers and (listed or not (folder / DRAFT).exists()) and not folder.name.endswith(".partial"):
         (folder / DRAFT).unlink(missing_ok=True)
         print(f"files that dbkit did not make are kept in {move_aside(folder)}")
     else:

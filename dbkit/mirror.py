@@ -328,6 +328,8 @@ def bring_back(local: Path, home: Path) -> list[str]:
         if here is None:
             home.mkdir(parents=True, exist_ok=True)
         else:
+            with contextlib.suppress(FileNotFoundError):
+                home.stat()
             home.parent.stat()
         for old in (home / "resume").glob("step_*.old"):
             restore(old)

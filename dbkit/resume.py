@@ -7,8 +7,8 @@ import dataclasses
 import hashlib
 import secrets
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +100,8 @@ def open_run(config: TrainConfig, run: Path, home: Path) -> None:
 
 def run_id(saved: Checkpoint | None) -> str:
     """What tells a run from another one in the same folder: when it began, and a random number."""
-    return (
-        saved and saved.facts.get("run")
-    ) or f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
+    known = saved.facts.get("run") if saved else None
+    return known or f"{datetime.now(timezone.utc):%Y%m%dT%H%M%S.%f}-{secrets.token_hex(4)}"
 
 
 def _part_runs(run: Path, home: Path) -> None:

@@ -23,6 +23,7 @@ from dbkit.checkpoint import (
     save_state,
     step_folder,
 )
+from dbkit.errors import DiskError
 from dbkit.models import load_models, state_dict
 
 
@@ -281,7 +282,25 @@ def test_torn_folders_do_not_count_and_go_once_they_are_old(tmp_path):
     rotate(tmp_path, 4, keep=2)
     assert names(tmp_path) == ["step_000002", "step_000003", "step_000004"]
     rotate(tmp_path, 4, keep=1)
-    assert names(tmp_path) == ["step_000004"]
+    # Whose files those without a manifest are nobody knows, so they are kept under another name.
+    assert names(tmp_path) == ["step_000003-1", "step_000004"]
+
+
+def test_folders_without_a_manifest_alone_end_no_rotation(tmp_path):
+    (commit_step(tmp_path, 3).folder / MANIFEST).unlink()
+    rotate(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["step_000003"]
+
+
+def test_what_reads_back_wrong_does_not_cost_the_one_before(tmp_path):
+    def write_link(folder):
+        (folder / "link").symlink_to(folder / "link too")
+        (folder / "link too").write_text("x")
+
+    before = commit_step(tmp_path, 4).folder
+    with pytest.raises(DiskError, match=r"step_000004 reads back wrong"):
+        commit_step(tmp_path, 4, write_link)
+    assert find_fault(before, step=4) is None and names(tmp_path) == ["step_000004"]
 
 
 def test_a_copy_that_someone_made_is_neither_used_nor_removed(tmp_path):

@@ -14,7 +14,7 @@ from faults import OPERATIONS, failing
 from several_processes import plain
 from test_train import assert_equal, at_unet_pass, log_of, state_of, stop_in_pass
 
-from dbkit import DbkitError, TrainConfig, train
+from dbkit import DbkitError, TrainConfig, keeper, train
 from dbkit.checkpoint import find_fault, newest_valid
 from dbkit.models import read_weights
 from dbkit.resume import changes_since
@@ -174,6 +174,99 @@ def test_a_run_is_brought_back_from_its_home_to_an_empty_machine(settings, tmp_p
     kept = sorted(path.name for path in (home / "checkpoints").iterdir())
     assert kept == ["step_000001", "step_000002", "step_000003"]
     assert log_of(tmp_path / "second" / "run") == log_of(home)
+
+
+def test_an_older_run_of_another_machine_is_moved_aside_and_not_mixed_in(saving, tmp_path, capsys):
+    home = tmp_path / "home" / "run"
+    train(**{**saving, "output_dir": home, "local_dir": tmp_path / "one"})
+    begun = {**saving, "output_dir": home, "learning_rate": 1e-3, "max_train_steps": 2}
+    expected = read_weights(train(**begun, local_dir=tmp_path / "two", start_over=True), "unet")
+    capsys.readouterr()
+    made = train(**begun, local_dir=tmp_path / "one")
+    assert (
+        f"{tmp_path}/one/run holds an older run than {home}; it is moved to {tmp_path}/one/run-1"
+        in capsys.readouterr().out
+    )
+    assert made == home / "model" and newest_valid(home / "resume")[0].step == 2
+    assert_equal(read_weights(made, "unet"), expected)
+    assert find_fault(tmp_path / "one" / "run-1" / "model", step=4) is None
+
+
+def test_a_run_that_began_anew_while_its_home_was_away_is_not_undone(saving, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(keeper, "PATIENCE", 1.0)
+    home = tmp_path / "drive" / "run"
+    saving |= {"output_dir": home, "local_dir": tmp_path / "fast"}
+    train(**saving)
+    away = home.parent.rename(tmp_path / "away")
+    home.parent.touch()  # where it was mounted there is something else
+    with pytest.raises(
+        DbkitError, match=r"drive/run cannot be reached \(.+\), so the run there cannot be moved aside; mount"
+    ):
+        train(**saving, start_over=True)
+    # The machine is a new one, and begins anew although nobody knows what home holds.
+    (tmp_path / "fast" / "run").rename(tmp_path / "fast" / "old")
+    home.parent.unlink()
+    begun = {**saving, "learning_rate": 1e-3, "max_train_steps": 2}
+    expected = read_weights(train(**begun), "unet")
+    shutil.rmtree(home.parent)
+    away.rename(home.parent)
+    assert_equal(read_weights(train(**begun), "unet"), expected)
+    assert "holds an older run than" in capsys.readouterr().out
+    assert find_fault(home.parent / "run-1" / "model", step=4) is None
+
+
+def test_a_home_that_is_not_mounted_is_said_and_not_made_anew(saving, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(keeper, "PATIENCE", 1.0)
+    home = tmp_path / "mounted" / "drive" / "run"
+    saving |= {"output_dir": home, "local_dir": tmp_path / "fast"}
+    train(**saving)
+    home.parent.rename(tmp_path / "away")
+    made = train(**{**saving, "max_train_steps": 5})
+    said = capsys.readouterr().out
+    assert f"{home} cannot be reached" in said and "the run goes on from step 4" in said
+    assert made == tmp_path / "fast" / "run" / "model" and not home.parent.exists()
+
+
+def test_a_model_that_another_machine_trained_further_stays(saving, tmp_path):
+    home = tmp_path / "home" / "run"
+    saving |= {"output_dir": home}
+    train(**{**saving, "max_train_steps": 2}, local_dir=tmp_path / "one")
+    train(**saving, local_dir=tmp_path / "two")
+    config = TrainConfig(**{**saving, "max_train_steps": 6})
+    stop_in_pass(config, number=1, step=5, local_dir=tmp_path / "one")
+    assert find_fault(home / "model", step=4) is None and find_fault(home / "resume" / "step_000005") is None
+
+
+def test_checkpoints_without_a_state_are_not_mixed_with_a_new_run(saving, tmp_path):
+    run = train(**saving).parent
+    for name in ("resume", "model"):
+        shutil.rmtree(run / name)
+    with pytest.raises(DbkitError, match="holds checkpoints and no state to go on from; choose another output_dir"):
+        train(**{**saving, "learning_rate": 1e-3})
+    train(**{**saving, "learning_rate": 1e-3}, start_over=True)
+    assert find_fault(run.with_name("run-1") / "checkpoints" / "step_000003") is None
+
+
+def test_files_of_other_programs_that_go_end_nothing(saving, tmp_path):
+    logs = tmp_path / "fast" / "run" / "logs"
+    logs.mkdir(parents=True)
+    (logs / "gone").symlink_to(tmp_path / "nowhere")
+    (logs / "kept.txt").write_text("kept")
+    home = tmp_path / "home" / "run"
+    train(**{**saving, "output_dir": home, "local_dir": tmp_path / "fast"})
+    assert (home / "logs" / "kept.txt").read_text() == "kept" and not (home / "logs" / "gone").exists()
+
+
+def test_a_run_that_works_at_home_again_is_not_looked_for_elsewhere(saving, tmp_path, capsys):
+    home = tmp_path / "home" / "run"
+    saving |= {"output_dir": home}
+    stop_in_pass(TrainConfig(**saving), number=2, step=2, local_dir=tmp_path / "fast")
+    shutil.rmtree(home / "resume")
+    shutil.rmtree(home / "checkpoints")
+    capsys.readouterr()
+    train(**{**saving, "max_train_steps": 1})
+    assert f"{tmp_path}/fast/run holds step 2 of this run, which is newer; give local_dir" in capsys.readouterr().out
+    assert not (home / "mirror.json").exists()
 
 
 def test_starting_over_moves_both_folders_aside(settings, tmp_path):

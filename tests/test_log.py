@@ -31,6 +31,21 @@ def test_a_line_holds_the_means_since_the_last_line(tmp_path):
     assert last["seconds_per_step"] > 0
 
 
+def test_a_tracker_that_cannot_write_is_said_once_and_ends_nothing(tmp_path, capsys):
+    told = []
+
+    def track(step, values):
+        told.append(step)
+        raise OSError(28, "No space left on device")
+
+    log = Log(tmp_path, 0, 4, 1, track)
+    for step in range(1, 5):
+        add(log, step, 1.0)
+    log.close()
+    assert told == [1] and capsys.readouterr().out.count("the tracker cannot write") == 1
+    assert [line["step"] for line in read_log(log.path)] == [1, 2, 3, 4]
+
+
 def test_steps_that_are_taken_again_are_logged_once(tmp_path):
     log = Log(tmp_path, done=0, total=6, interval=1)
     for step in range(1, 7):

@@ -63,6 +63,16 @@ def test_the_last_save_comes_before_the_session_ends(plain):
     assert {step: due for step, due in slow.items() if due is Due.STATE} == {30 * 60 - 150 - 2 * 50: Due.STATE}
 
 
+def test_a_session_begins_before_the_first_step(plain):
+    clock = Clock()
+    saves = Saves(replace(plain, session_minutes=30), 0, 10_000, clock, session=clock.now - 20 * 60)
+    due = []
+    for step in range(1, 1000):
+        clock.now += 1
+        due += [step] if saves.due(step) else []
+    assert due == [9 * 60]
+
+
 def test_it_is_said_once_whether_the_run_fits_into_the_session(plain):
     clock = Clock()
     saves = Saves(replace(plain, session_minutes=30), 100, 2000, clock)

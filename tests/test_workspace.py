@@ -78,6 +78,19 @@ def test_a_run_whose_home_is_on_the_drive_works_on_colabs_own_disk(monkeypatch, 
     assert working_folder(tmp_path / "here", None) == tmp_path / "here"
 
 
+def test_a_local_folder_that_cannot_be_one_is_refused(tmp_path):
+    home = tmp_path / "runs" / "dog"
+    assert working_folder(home, tmp_path / "runs") == home
+    (tmp_path / "file").touch()
+    for local, sentence in (
+        (home / "fast", "output_dir .*dog and local_dir's .*fast/dog lie in one another; choose another local_dir"),
+        (tmp_path / "file", "local_dir .*file cannot be made, since .*file is a file; choose another one"),
+        (tmp_path / "file" / "below", "cannot be made, since .*file is a file"),
+    ):
+        with pytest.raises(DbkitError, match=sentence):
+            working_folder(home, local)
+
+
 def test_on_colab_a_named_folder_mounts_nothing(monkeypatch, tmp_path):
     colab(monkeypatch, tmp_path, lambda place: pytest.fail("the drive was mounted"))
     assert open_workspace(tmp_path / "here").path == tmp_path / "here"
