@@ -175,7 +175,7 @@ def test_the_printed_steps_are_true(images, changes):
     values, reasons = choose(made(**changes), [images], L4)
     said = next(reason for reason in reasons if reason.startswith("max_train_steps"))
     steps, count, times, product = map(
-        int, re.match(r"max_train_steps (\d+): (\d+) images x (\d+) times = (\d+)", said).groups()
+        int, re.match(r"max_train_steps (\d+): (\d+) images? x (\d+) times = (\d+)", said).groups()
     )
     seen = product
     if least := re.search(r"at least (\d+)", said):
