@@ -107,6 +107,8 @@ CASES = {
     "ema_decay": ({"use_ema": True}, 0.1),
     "save_model_every_n_steps": ({}, 1),
     "save_min_steps": (SAVES, 2),
+    "resume_state": ({}, "small"),
+    "local_dir": ({}, "fast"),
     "checkpoints_total_limit": (SAVES, 1),
     "save_precision": ({}, "bf16"),
     "start_over": ({"again": True}, True),
@@ -133,7 +135,11 @@ CASES = {
     "hub_model_id": ({"push_to_hub": True, "hub_token": "hf_hush"}, "not a name"),
 }
 # What cannot be told apart here, and the test that shows it elsewhere.
-ELSEWHERE = {"hub_private": "test_hub.py::test_a_repository_can_be_public_and_an_organisations"}
+ELSEWHERE = {
+    "hub_private": "test_hub.py::test_a_repository_can_be_public_and_an_organisations",
+    "save_every_n_minutes": "test_keeper.py::test_a_state_is_saved_when_its_time_has_come",
+    "session_minutes": "test_keeper.py::test_a_state_is_saved_when_its_time_has_come",
+}
 
 
 def test_every_setting_has_a_case():

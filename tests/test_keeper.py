@@ -93,6 +93,22 @@ def test_a_disk_that_fails_under_a_run_is_said_and_what_it_costs_is_trained_agai
         assert_whole(run, expected)
 
 
+@pytest.mark.parametrize(
+    ("changes", "step"), [({"save_every_n_minutes": 1e-6}, 2), ({"session_minutes": 1e-6}, 1), ({}, 0)]
+)
+def test_a_state_is_saved_when_its_time_has_come(saving, changes, step):
+    """By minutes after each step here, and once before the session's end, which is over at once."""
+
+    def end():
+        raise RuntimeError("the machine is gone")
+
+    saving |= {"save_model_every_n_steps": None, "save_every_n_minutes": None, **changes}
+    with at_unet_pass(3, end), pytest.raises(RuntimeError, match="the machine is gone"):
+        train(**saving)
+    state, _ = newest_valid(saving["output_dir"] / "resume")
+    assert (state.step if state else 0) == step
+
+
 def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
     straight = train(**{**settings, **SAVES, "output_dir": tmp_path / "straight"})
     config = {**settings, **SAVES, "save_model_every_n_steps": None}
