@@ -110,7 +110,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
             due = keeper.due(step, stop.made)
             if due is Due.STOP:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
-                keeper.save(step, last=True)
+                keeper.save(step, weights=True, last=True)
                 log.close()
                 raise KeyboardInterrupt(f"stopped after step {step} of {total}; {keeper.what_is_saved()}")
             if due:
