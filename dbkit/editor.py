@@ -6,15 +6,14 @@ Only core widgets, in the interface that ipywidgets 7.7 (Colab) and 8 share.
 from __future__ import annotations
 
 import html
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as widgets
 
 from dbkit.edits import Captions
-from dbkit.errors import DbkitError
-from dbkit.images import read_image
+from dbkit.errors import DbkitError, counted
+from dbkit.images import jpeg, thumbnail
 
 # Pictures at once: the browser gets each as a file of its own, and 200 would flood it.
 PER_PAGE = 12
@@ -122,7 +121,7 @@ class CaptionEditor(widgets.VBox):
         frame = widgets.Layout(width=f"{SIDE + 20}px")
         try:
             if name not in self._thumbnails:
-                self._thumbnails[name] = _thumbnail(self._captions.image(name))
+                self._thumbnails[name] = jpeg(thumbnail(self._captions.image(name), SIDE))
         except DbkitError as error:
             return widgets.HTML(_red(str(error)), layout=frame)
         # An image as wide as its frame would be stretched.
@@ -133,14 +132,6 @@ def _line(placeholder: str) -> widgets.Text:
     return widgets.Text(placeholder=placeholder, layout=widgets.Layout(width="230px"))
 
 
-def _thumbnail(path: Path) -> bytes:
-    """The whole picture as a small JPEG."""
-    image, buffer = read_image(path), io.BytesIO()
-    image.thumbnail((SIDE, SIDE))
-    image.save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 def _close(widget: widgets.Widget) -> None:
     for child in getattr(widget, "children", ()):
         _close(child)
@@ -148,7 +139,7 @@ def _close(widget: widgets.Widget) -> None:
 
 
 def _changed(count: int) -> str:
-    return f"{count} text{'' if count == 1 else 's'} changed"
+    return f"{counted(count, 'text')} changed"
 
 
 def _red(text: str) -> str:

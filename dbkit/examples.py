@@ -23,7 +23,6 @@ from dbkit.images import (
     is_text,
     list_images,
     printable,
-    read_image,
     read_usable,
     render_mask,
     usable_mask,
@@ -90,7 +89,7 @@ def _masked(examples: list[Example]) -> list[Example]:
 
 def _with_mask(example: Example) -> Example:
     """An example with its mask, if it has one, and without the views that show nothing of what the mask shows."""
-    mask = usable_mask(example.path, read_image(example.path).size)
+    mask = usable_mask(example.path)
     if mask is None:
         return example
     path, grey = mask

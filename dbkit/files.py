@@ -157,7 +157,7 @@ def one_process(folder: Path) -> Iterator[None]:
     File systems that know no locks, as Google Drive's may, are used without one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+    with _lock_of(folder).open("w") as file:
         try:
             if os.name == "nt":
                 import msvcrt
@@ -174,6 +174,33 @@ def one_process(folder: Path) -> Iterator[None]:
         except OSError:
             pass
         yield
+
+
+def is_locked(folder: Path) -> bool | None:
+    """Whether a process of this machine is in one_process() for a folder; None where that cannot be told."""
+    try:
+        file = _lock_of(folder).open("rb")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    with file:
+        if os.name == "nt":
+            return None
+        import fcntl
+
+        try:
+            # Shared and for an instant only: two that look do not take each other for a training.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return True
+        except OSError:
+            return None
+    return False
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import math
 import struct
 import warnings
@@ -89,11 +90,12 @@ def mask_of(path: Path) -> Path | None:
     """
     beside = (path.parent / "masks" / f"{name}.png" for name in (path.name, path.stem))
     found = next((mask for mask in beside if mask.is_file()), None)
-    return found or (path if _decoded(path, _is_transparent) else None)
+    # A JPEG has no opacity, and need not be decoded to know it.
+    return found or (path if kind_of(path) != "JPEG" and _decoded(path, _is_transparent) else None)
 
 
-def usable_mask(path: Path, size: tuple[int, int]) -> tuple[Path, Image.Image] | None:
-    """The mask of an image of that size, or None if it has none.
+def usable_mask(path: Path, size: tuple[int, int] | None = None) -> tuple[Path, Image.Image] | None:
+    """The mask of an image, of that size if it is known already, or None if it has none.
 
     Raises DbkitError when it cannot be read, has another shape, or leaves nothing of the image.
     """
@@ -105,7 +107,8 @@ def usable_mask(path: Path, size: tuple[int, int]) -> tuple[Path, Image.Image] |
         grey = read_mask(mask)
     except DbkitError as error:
         raise DbkitError(str(error).replace(mask.name, name, 1)) from error
-    # Sizes may differ, and at one scale shapes by a pixel's rounding.
+    # A picture's own opacity has its shape; those of others may differ, at one scale by a pixel's rounding.
+    size = grey.size if mask == path else size or read_image(path).size
     if abs(size[0] * grey.height - size[1] * grey.width) > max(*size, *grey.size):
         raise DbkitError(
             f"{name} is {grey.width} x {grey.height} and {path.name} {size[0]} x {size[1]}, which is another shape; "
@@ -164,6 +167,20 @@ def read_usable(path: Path) -> Image.Image:
     if min(image.size) < LEAST_SIDE:
         raise DbkitError(f"{path.name} has {image.width} x {image.height} pixels; too small to learn from")
     return image
+
+
+def thumbnail(path: Path, side: int) -> Image.Image:
+    """The whole picture, no wider and no higher than `side` pixels."""
+    image = read_image(path)
+    image.thumbnail((side, side))
+    return image
+
+
+def jpeg(image: Image.Image, quality: int = 75) -> bytes:
+    """An image as the bytes of a JPEG file, for instance to show it in a notebook."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
 
 
 def kind_of(path: Path) -> str | None:

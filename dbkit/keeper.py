@@ -12,28 +12,23 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dbkit import processes
 from dbkit.checkpoint import commit, find_fault, read_manifest, rotate, step_folder
 from dbkit.errors import DbkitError, DiskError
 from dbkit.files import free_space, require_space, size
 from dbkit.lora import save_lora
-from dbkit.mirror import Mirror
+from dbkit.mirror import MIRROR, STOP, Mirror
 from dbkit.models import save_models
 from dbkit.processes import on_main
 from dbkit.saves import Due, Saves
 from dbkit.state import State, state_size, write_state
 from dbkit.train_config import TrainConfig
 
-if TYPE_CHECKING:
-    pass
-
 # Seconds that the end of a run waits for copies of which nothing moves; after a stop or a mistake, when somebody waits,
 # what is not copied by then is copied by the next session.
 PATIENCE, PATIENCE_AFTER_STOP = 120.0, 20.0
-# A file of this name in a run's folder stops it as the stop button does, from wherever the folder can be reached.
-STOP = "STOP"
 
 
 class Keeper:
@@ -52,7 +47,6 @@ class Keeper:
         self.place = home  # where all of the run is, once it has ended
         self.failing: set[str] = set()
         self.then = ""  # what follows a save that failed
-        self.copied: dict[Path, int] = {}
         self.model_size = _usable_size(config, state)
 
     def _open(self) -> None:
@@ -61,7 +55,7 @@ class Keeper:
             with contextlib.suppress(OSError):
                 (folder / STOP).unlink()  # one of an earlier session
         if self.home == self.run:
-            (self.run / "mirror.json").unlink(missing_ok=True)  # of a time when it worked elsewhere
+            (self.run / MIRROR).unlink(missing_ok=True)  # of a time when it worked elsewhere
         else:
             self.mirror = Mirror(self.run, self.home)
             self.mirror.catch_up(self.config.checkpoints_total_limit)
@@ -103,7 +97,7 @@ class Keeper:
         self.closed.set()
         mirror, self.mirror = self.mirror, None
         if mirror:
-            self._copy_loose(mirror)
+            mirror.loose_files()
             if mirror.queue or mirror.busy:
                 _say(f"copying to {self.home}; all is safe in {self.run}, and what is left the next session copies")
             if not _close(mirror, PATIENCE if kind is None else PATIENCE_AFTER_STOP):
@@ -123,17 +117,16 @@ class Keeper:
         stop = stopping or self.stop_at_home
         return Due(processes.most(Due.STOP if stop else self.saves.due(step)))
 
-    def save(self, step: int, weights: bool = False, last: bool = False) -> int:
-        """Commit the state of a step, and usable weights if asked for; returns the step of the newest state.
+    def save(self, step: int, weights: bool = False, last: bool = False) -> None:
+        """Commit the state of a step, and usable weights if asked for.
 
-        That is an earlier one where the disk is full or fails, which is printed. last: no other save follows. Raises
-        DbkitError where the weights are not numbers.
+        Where the disk is full or fails, that is printed. last: no other save follows. Raises DbkitError where the
+        weights are not numbers.
         """
         self.then = "" if last else "; training goes on, and the next save tries again"
         optimizer = self.state.gather()
         with self.saves.saving():
             self.saved = on_main(self._save, optimizer, step, weights)
-        return self.saved
 
     def finish(self, step: int) -> None:
         """Commit the finished model. Raises DiskError where it cannot be written."""
@@ -145,7 +138,8 @@ class Keeper:
         if weights and step >= self.config.save_min_steps:
             folder, keep = step_folder(self.run / "checkpoints", step), self.config.checkpoints_total_limit
             self._try("weights", step, functools.partial(self._commit_weights, folder, step, keep))
-        self._copy_loose(self.mirror)
+        if self.mirror:
+            self.mirror.loose_files()
         return step if saved else self.saved
 
     def _finish(self, step: int) -> None:
@@ -223,19 +217,6 @@ class Keeper:
 
     def _holds(self, folder: Path) -> bool:
         return self.mirror is not None and self.mirror.holds(folder)
-
-    def _copy_loose(self, mirror: Mirror | None) -> None:
-        """Settings, log, previews and the trackers' files: what is no commit, and small."""
-        for path in self.run.rglob("*") if mirror else ():
-            committed = path.relative_to(self.run).parts[0] in ("resume", "checkpoints", "model")
-            if committed or path.suffix == ".partial" or path.name in ("mirror.json", STOP):
-                continue
-            # Other programs' files, a tracker's for instance, come and go.
-            with contextlib.suppress(OSError):
-                changed = path.stat().st_mtime_ns
-                if path.is_file() and self.copied.get(path) != changed:
-                    self.copied[path] = changed
-                    mirror.file(path)
 
 
 def copy_home(config: TrainConfig, run: Path, home: Path) -> Path:

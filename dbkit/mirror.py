@@ -21,6 +21,12 @@ from dbkit.copies import copy_committed, copy_loose, manifest_of, partial_of, re
 from dbkit.errors import DbkitError
 from dbkit.files import FULL, full_disk_is_a_sentence, require_space, size
 
+# In both folders: what is going on, for other processes.
+MIRROR = "mirror.json"
+# A file of this name in a run's folder stops it as the stop button does, from wherever the folder can be reached.
+STOP = "STOP"
+# What is committed, whole folders; every other file of a run is a loose one.
+_COMMITTED = ("resume", "checkpoints", "model")
 _GONE = (errno.ENOTCONN, errno.ESTALE, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ETIMEDOUT, errno.EHOSTDOWN)
 
 
@@ -62,6 +68,7 @@ class Mirror:
         self.moved = self.before = self.shown = self.began = 0.0
         self.longest = 0.0  # the seconds that the slowest copy took
         self.lost: dict[str, str] = {}  # what cannot be copied, as a sentence
+        self.queued: dict[Path, int] = {}  # when each loose file was last changed before it was queued
         self.cleaned: set[tuple[Path, str]] = set()
         threading.Thread(target=self._work, name="dbkit mirror", daemon=True).start()
 
@@ -84,10 +91,20 @@ class Mirror:
                 self.commit(folder, most)
         if (self.local / "model" / MANIFEST).is_file():
             self.commit(self.local / "model")
-        loose = [self.local / "settings.yaml", self.local / "log.jsonl", *sorted((self.local / "previews").rglob("*"))]
-        for path in loose:
-            if path.is_file() and path.suffix != ".partial":
-                self.file(path)
+        self.loose_files()
+
+    def loose_files(self) -> None:
+        """Queue the files that are no commit (settings, log, previews, a tracker's) and changed since then."""
+        for path in sorted(self.local.rglob("*")):
+            committed = path.relative_to(self.local).parts[0] in _COMMITTED
+            if committed or path.suffix == ".partial" or path.name in (MIRROR, STOP):
+                continue
+            # Other programs' files, a tracker's for instance, come and go.
+            with contextlib.suppress(OSError):
+                changed = path.stat().st_mtime_ns
+                if path.is_file() and self.queued.get(path) != changed:
+                    self.queued[path] = changed
+                    self.file(path)
 
     def holds(self, folder: Path) -> bool:
         """Whether a folder is being copied or waits for it, so that rotate() has to spare it until the next time."""
@@ -296,9 +313,9 @@ class Mirror:
             status["waiting"] = list(self.queue)
             status["failed"] = next((item.failed for item in self._open() if item.failed), None)
             status |= {"since": self.since if status["failed"] else None, "updated": time.time()}
-            _write_status(self.local / "mirror.json", status)
+            _write_status(self.local / MIRROR, status)
         if at_home:
-            _write_status(self.home / "mirror.json", status)
+            _write_status(self.home / MIRROR, status)
 
     def _open(self) -> list[Item]:
         return [item for item in (self.current, *self.queue.values()) if item]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import io
 import json
 import math
 from collections import Counter, defaultdict
@@ -17,10 +16,10 @@ from typing import TYPE_CHECKING, Literal
 from dbkit.doctor import Finding
 from dbkit.errors import DbkitError, counted
 from dbkit.files import full_disk_is_a_sentence, whole_file, write_text
-from dbkit.images import read_image
+from dbkit.images import jpeg, thumbnail
 
 if TYPE_CHECKING:
-    from PIL import Image
+    pass
 
 REPORT = "report.json"
 # In a folder of its own, where no training takes it for an image to learn.
@@ -146,16 +145,8 @@ def _note(image: Kept) -> str:
     return f"{image.width} x {image.height}, of which {image.kept:.0%} is trained"
 
 
-def _thumbnail(path: Path, side: int) -> Image.Image:
-    image = read_image(path)
-    image.thumbnail((side, side))
-    return image
-
-
 def _encoded(path: Path) -> str:
-    buffer = io.BytesIO()
-    _thumbnail(path, 96).save(buffer, "JPEG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(jpeg(thumbnail(path, 96))).decode()
 
 
 def write_contact_sheet(report: DatasetReport) -> Path:
@@ -174,7 +165,7 @@ def write_contact_sheet(report: DatasetReport) -> Path:
     pen = ImageDraw.Draw(sheet)
     for number, image in enumerate(report.kept):
         x, y = gap + number % columns * cell[0], gap + number // columns * cell[1]
-        picture = _thumbnail(report.folder / image.file, side)
+        picture = thumbnail(report.folder / image.file, side)
         zoom = max(1, side // max(picture.size))
         picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
         sheet.paste(picture, (x + (side - picture.width) // 2, y + (side - picture.height) // 2))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from pathlib import Path
 from dbkit.checkpoint import MANIFEST, by_step, find_fault, read_manifest
 from dbkit.errors import DbkitError
 from dbkit.log import read_log
+from dbkit.mirror import MIRROR
 from dbkit.settings import closest, read_yaml
 from dbkit.workspace import default_folder
 
-MIRROR = "mirror.json"
 _MARKS = ("settings.yaml", "log.jsonl", "resume", MIRROR)
 
 
@@ -225,26 +224,3 @@ def newest_preview(folder: Path) -> Path | None:
         return max((folder / "previews").glob("step_*.png"), key=lambda path: (len(path.name), path.name), default=None)
     except OSError:
         return None
-
-
-def is_locked(folder: Path) -> bool | None:
-    """Whether a process of this machine holds the lock of files.one_process(); None where that cannot be told."""
-    try:
-        file = folder.with_name(f".{folder.name}.lock").open("rb")
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return None
-    with file:
-        if os.name == "nt":
-            return None
-        import fcntl
-
-        try:
-            # Shared and for an instant only: two that look do not take each other for a training.
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return True
-        except OSError:
-            return None
-    return False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 from dbkit import run_folder
 from dbkit.config import StatusConfig
 from dbkit.errors import DbkitError
-from dbkit.files import size
-from dbkit.images import read_image
+from dbkit.files import is_locked, size
+from dbkit.images import jpeg, thumbnail
 from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
 
@@ -154,7 +153,7 @@ def status(config: StatusConfig) -> RunStatus:
     total = next((total for folder in folders if (total := run_folder.total_steps(folder))), None)
     whole = [model.step for place in places if (model := place.model) and not model.fault]
     step = max([*(line["step"] for line in logged[-1:]), *(p.last.step for p in places if p.last), *whole], default=0)
-    locks = [run_folder.is_locked(folder) for folder in folders]
+    locks = [is_locked(folder) for folder in folders]
     return RunStatus(
         home=places[-1],
         local=places[0] if local_folder else None,
@@ -255,10 +254,7 @@ def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120)
 def _thumbnail(path: Path, side: int = 384) -> str:
     """A picture for a notebook; nothing if it is gone or damaged by now."""
     try:
-        image = read_image(path)
+        encoded = base64.b64encode(jpeg(thumbnail(path, side), quality=85)).decode()
     except (DbkitError, OSError):
         return ""
-    image.thumbnail((side, side))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}" alt="newest preview">'
+    return f'<img src="data:image/jpeg;base64,{encoded}" alt="newest preview">'
