@@ -242,14 +242,28 @@ class ConvertConfig(Settings):
 
     source: Path = setting(..., "a .safetensors or .ckpt file, or a diffusers folder", positional=True)
     destination: Path = setting(..., "the folder to make, or the .safetensors or .ckpt file", positional=True)
-    half: bool = setting(
-        False,
-        "store the weights in fp16: half the size, the same pictures; the models that train saves are fp16 already",
+    save_precision: Literal["fp16", "bf16", "fp32"] | None = setting(
+        None,
+        "precision of the weights on disk; fp16 is half the size of fp32 and makes the same pictures; empty: as it is (the models that train saves are fp16)",
     )
     overwrite: bool = setting(False, "replace the destination if it exists")
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = setting(
+        "auto",
+        "what the model predicts; auto: what the folder, the file or the .yaml beside it says, and epsilon for Stable Diffusion 1",
+    )
+    pretrained_vae_name_or_path: str | None = setting(
+        None,
+        "a VAE that takes the place of the one inside: a .safetensors, .ckpt or .vae.pt file, a diffusers folder or a Hugging Face id",
+        advanced=True,
+    )
+    extract_ema: bool = setting(
+        False,
+        "take the moving average (EMA) of the U-Net's weights from a file that holds both; off: the weights that user interfaces load",
+        advanced=True,
+    )
     tokenizer_name: str | None = setting(
         None,
-        "tokenizer folder or Hugging Face id for a file that does not carry one; empty: the one of Stable Diffusion 1",
+        "tokenizer folder or Hugging Face id for a file that does not carry one; empty: CLIP's, which these models have",
         advanced=True,
     )
 

@@ -1,7 +1,8 @@
-"""Which model family a set of tensors is, and the settings of a Stable Diffusion 1 model by its tensors."""
+"""Which model family a set of tensors is, and the settings of a Stable Diffusion 1 or 2 model by its tensors."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,116 +10,157 @@ from dbkit import keys
 from dbkit.errors import DbkitError
 
 if TYPE_CHECKING:
-    import torch
+    from collections.abc import Mapping
 
-    Tensors = dict[str, torch.Tensor]
+    Shapes = Mapping[str, tuple[int, ...]]
 
 
-def refuse_other_families(shapes: dict[str, tuple[int, ...]], source: Path) -> None:
-    """Raise DbkitError unless names and shapes are those of a plain Stable Diffusion 1 model, of any width."""
+@dataclass(frozen=True)
+class Family:
+    """What the names and shapes of a model's tensors tell of its kind."""
+
+    is_sd2: bool
+    inpaints: bool
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        return f"Stable Diffusion {2 if self.is_sd2 else 1}"
+
+
+def find_family(shapes: Shapes, source: Path, without_vae: bool = False) -> Family:
+    """The family of a whole model's tensors under original names; without_vae: its VAE comes from elsewhere.
+
+    Raises DbkitError where it is none that dbkit converts.
+    """
 
     def has(prefix: str) -> bool:
         return any(name.startswith(prefix) for name in shapes)
 
     unet = keys.PREFIXES["unet"]
     if has("lora_") or any(".lora_" in name for name in shapes):
-        family = "is a LoRA, not a whole model"
+        fault = "is a LoRA, not a whole model"
     elif has("conditioner.embedders."):
-        family = "is a Stable Diffusion XL model"
+        fault = "is a Stable Diffusion XL model"
     elif not has(unet + "input_blocks."):
-        family = (
+        fault = (
             "is not a Stable Diffusion model" if not has("down_blocks.") else "holds one part of a model, not the whole"
         )
-    elif has("cond_stage_model.model.") or _text_width(shapes) == 1024 or _is_linear(shapes):
-        family = "is a Stable Diffusion 2 model"
-    elif shapes.get(unet + "input_blocks.0.0.weight", ())[1:2] == (9,):
-        family = "is an inpainting model"
+    elif lacking := [part for part in _lacking(shapes) if not (part == "vae" and without_vae)]:
+        fault = f"lacks its {' and its '.join(lacking)}"
     else:
-        lacking = [part for part, prefix in keys.PREFIXES.items() if not has(prefix.removesuffix("transformer."))]
-        if not lacking:
-            return
-        family = f"lacks its {' and its '.join(lacking)}"
-    raise DbkitError(f"{source} {family}; dbkit converts whole Stable Diffusion 1 models for now, so take one of those")
+        channels = shapes.get(unet + "input_blocks.0.0.weight", (0, 4))[1]
+        latents = shapes.get(keys.PREFIXES["vae"] + "post_quant_conv.weight", (4,))[0]
+        if channels in (latents, 2 * latents + 1):
+            return Family(_is_sd2(shapes), inpaints=channels != latents)
+        fault = f"has {channels} input channels, neither those of a plain model nor of one that inpaints"
+    raise DbkitError(f"{source} {fault}; dbkit converts whole Stable Diffusion 1 and 2 models, so take one of those")
 
 
-def _text_width(shapes: dict[str, tuple[int, ...]]) -> int | None:
-    return next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), None)
+def _lacking(shapes: Shapes) -> list[str]:
+    prefixes = {**keys.PREFIXES, "text_encoder": "cond_stage_model."}
+    return [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
 
 
-def _is_linear(shapes: dict[str, tuple[int, ...]]) -> bool:
-    return any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
+def _is_sd2(shapes: Shapes) -> bool:
+    return (
+        any(name.startswith(keys.OPEN_CLIP) for name in shapes)
+        or any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
+        or any(shape[1:] == (1024,) for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
+    )
 
 
-def original_shapes(parts: dict[str, Tensors]) -> dict[str, tuple[int, ...]]:
+def original_shapes(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[int, ...]]:
     """A folder's shapes under the few names by which families are told apart."""
     shapes = {
         keys.PREFIXES[part] + name: tuple(t.shape) for part, weights in parts.items() for name, t in weights.items()
     }
-    shapes[keys.PREFIXES["unet"] + "input_blocks.0.0.weight"] = shapes.get(keys.PREFIXES["unet"] + "conv_in.weight", ())
+    shapes[keys.PREFIXES["unet"] + "input_blocks.0.0.weight"] = shapes.get(
+        keys.PREFIXES["unet"] + "conv_in.weight", (0, 4)
+    )
     return shapes
 
 
-def sd1_configs(weights: dict[str, Tensors]) -> dict[str, Any]:
-    """Settings of a Stable Diffusion 1 model: widths and depths from its tensors, the family's for the rest."""
-    unet, vae, text = weights["unet"], weights["vae"], weights["text_encoder"]
-    levels = keys.count(unet, r"down_blocks\.(\d+)\.")
-    attention = [f"down_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
-    down = ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention]
-    up = ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)]
-    vae_levels = keys.count(vae, r"encoder\.down_blocks\.(\d+)\.")
-    embedding = text["text_model.embeddings.token_embedding.weight"]
+def model_configs(weights: Mapping[str, Mapping[str, Any]], is_sd2: bool, prediction_type: str) -> dict[str, Any]:
+    """Settings of a model: widths and depths from its tensors, the family's for the rest."""
     return {
-        "unet": {
-            "_class_name": "UNet2DConditionModel",
-            "attention_head_dim": 8,
-            "block_out_channels": [unet[f"down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(levels)],
-            "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
-            "down_block_types": down,
-            "in_channels": unet["conv_in.weight"].shape[1],
-            "layers_per_block": keys.count(unet, r"down_blocks\.0\.resnets\.(\d+)\."),
-            "out_channels": unet["conv_out.weight"].shape[0],
-            "sample_size": 64,
-            "up_block_types": up,
-        },
-        "vae": {
-            "_class_name": "AutoencoderKL",
-            "block_out_channels": [
-                vae[f"encoder.down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(vae_levels)
-            ],
-            "down_block_types": ["DownEncoderBlock2D"] * vae_levels,
-            "latent_channels": vae["post_quant_conv.weight"].shape[0],
-            "layers_per_block": keys.count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
-            "sample_size": 512,
-            "scaling_factor": 0.18215,
-            "up_block_types": ["UpDecoderBlock2D"] * vae_levels,
-        },
-        "text_encoder": {
-            "bos_token_id": 49406,
-            "eos_token_id": 49407,
-            "hidden_act": "quick_gelu",
-            "hidden_size": embedding.shape[1],
-            "intermediate_size": text["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-            "max_position_embeddings": text["text_model.embeddings.position_embedding.weight"].shape[0],
-            "num_attention_heads": 12,
-            "num_hidden_layers": keys.count(text, r"text_model\.encoder\.layers\.(\d+)\."),
-            "pad_token_id": 1,
-            "projection_dim": 768,
-            "vocab_size": embedding.shape[0],
-        },
-        "scheduler": sd1_scheduler(),
+        "unet": _unet_config(weights["unet"], is_sd2, prediction_type),
+        "vae": vae_config(weights["vae"]),
+        "text_encoder": _text_config(weights["text_encoder"], is_sd2),
+        "scheduler": scheduler_config(prediction_type),
     }
 
 
-def sd1_scheduler() -> dict[str, Any]:
-    """The noise schedule of Stable Diffusion 1, with the sampler its makers shipped."""
+def _unet_config(unet: Mapping[str, Any], is_sd2: bool, prediction_type: str) -> dict[str, Any]:
+    levels = keys.count(unet, r"down_blocks\.(\d+)\.")
+    attention = [f"down_blocks.{level}.attentions.0.norm.weight" in unet for level in range(levels)]
+    channels = [unet[f"down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(levels)]
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        # Of old diffusers had this name for the number of heads, and keeps it.
+        "attention_head_dim": [max(1, width // 64) for width in channels] if is_sd2 else 8,
+        "block_out_channels": channels,
+        "cross_attention_dim": unet["mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"].shape[1],
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention],
+        "in_channels": unet["conv_in.weight"].shape[1],
+        "layers_per_block": keys.count(unet, r"down_blocks\.0\.resnets\.(\d+)\."),
+        "out_channels": unet["conv_out.weight"].shape[0],
+        # Published models that predict v were trained on 768 px.
+        "sample_size": 96 if is_sd2 and prediction_type == "v_prediction" else 64,
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention)],
+    }
+    # Without upcast_attention version 2.1 overflows in fp16.
+    return config | ({"use_linear_projection": True, "upcast_attention": True} if is_sd2 else {})
+
+
+def vae_config(vae: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a VAE by its tensors."""
+    levels = keys.count(vae, r"encoder\.down_blocks\.(\d+)\.")
     return {
-        "_class_name": "PNDMScheduler",
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [vae[f"encoder.down_blocks.{n}.resnets.0.conv2.weight"].shape[0] for n in range(levels)],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "latent_channels": vae["post_quant_conv.weight"].shape[0],
+        "layers_per_block": keys.count(vae, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+        "sample_size": 512,
+        "scaling_factor": 0.18215,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+def _text_config(text: Mapping[str, Any], is_sd2: bool) -> dict[str, Any]:
+    embedding = text["text_model.embeddings.token_embedding.weight"]
+    return {
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "hidden_act": hidden_act(is_sd2),
+        "hidden_size": embedding.shape[1],
+        "intermediate_size": text["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "max_position_embeddings": text["text_model.embeddings.position_embedding.weight"].shape[0],
+        "num_attention_heads": 16 if is_sd2 else 12,
+        "num_hidden_layers": keys.count(text, r"text_model\.encoder\.layers\.(\d+)\."),
+        "pad_token_id": 1,
+        "projection_dim": 512 if is_sd2 else 768,
+        "vocab_size": embedding.shape[0],
+    }
+
+
+def hidden_act(is_sd2: bool) -> str:
+    """The activation of the family's text encoder: of OpenAI's CLIP, or of OpenCLIP."""
+    return "gelu" if is_sd2 else "quick_gelu"
+
+
+def scheduler_config(prediction_type: str) -> dict[str, Any]:
+    """The noise schedule of Stable Diffusion 1 and 2, with the sampler their makers shipped."""
+    is_v = prediction_type == "v_prediction"
+    return {
+        "_class_name": "DDIMScheduler" if is_v else "PNDMScheduler",
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "beta_start": 0.00085,
         "clip_sample": False,
         "num_train_timesteps": 1000,
-        "prediction_type": "epsilon",
+        "prediction_type": prediction_type,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
         "steps_offset": 1,

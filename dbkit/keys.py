@@ -1,4 +1,4 @@
-"""The names of Stable Diffusion 1's tensors: original files on one side, diffusers folders on the other.
+"""The names of Stable Diffusion 1's and 2's tensors: original files on one side, diffusers folders on the other.
 
 The tables are data, made by rule from the number of levels and layers, and both directions read the same ones, so
 that there and back is the identity. A table maps a module's original name to its diffusers name; whatever follows the
@@ -16,6 +16,8 @@ PREFIXES = {
     "vae": "first_stage_model.",
     "text_encoder": "cond_stage_model.transformer.",
 }
+# The text encoder of Stable Diffusion 2, which has the names of OpenCLIP.
+OPEN_CLIP = "cond_stage_model.model."
 _UNET_RESNET = {
     "in_layers.0": "norm1",
     "in_layers.2": "conv1",
@@ -31,8 +33,22 @@ OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn
 # Tensors of original files that no model needs: copies, buffers that follow from the settings, traces of training.
 IGNORED = re.compile(
     r"model_ema\..*|betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*|lvlb_weights|logvar"
-    r"|global_step|.*\.position_ids|first_stage_model\.loss\..*|cond_stage_model\.(logit_scale|text_projection)"
+    r"|global_step|.*\.position_ids|(first_stage_model\.)?loss\..*"
+    r"|cond_stage_model\.((model|transformer)\.)?(logit_scale|text_projection(\.weight)?|attn_mask)"
 )
+_OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+# Where OpenCLIP joins the matrices and biases of query, key and value, one below the other.
+JOINED = {"in_proj_weight": "weight", "in_proj_bias": "bias"}
+QKV = ("q_proj", "k_proj", "v_proj")
+RESBLOCKS, TEXT_LAYERS = "transformer.resblocks", "text_model.encoder.layers"
+# A tensor of its own in OpenCLIP, the weight of a module in diffusers.
+POSITIONS = ("positional_embedding", "text_model.embeddings.position_embedding.weight")
 
 
 def unet_table(levels: int, layers: int) -> dict[str, str]:
@@ -90,6 +106,17 @@ def vae_table(levels: int, layers: int) -> dict[str, str]:
             table |= _inside(f"decoder.up.{level}.block.{layer}", f"{up}.resnets.{layer}", _VAE_RESNET)
         table[f"encoder.down.{level}.downsample.conv"] = f"{down}.downsamplers.0.conv"
         table[f"decoder.up.{level}.upsample.conv"] = f"{up}.upsamplers.0.conv"
+    return table
+
+
+def open_clip_table(layers: int) -> dict[str, str]:
+    """The modules of Stable Diffusion 2's text encoder, but for those that JOINED and POSITIONS name."""
+    table = {
+        "token_embedding": "text_model.embeddings.token_embedding",
+        "ln_final": "text_model.final_layer_norm",
+    }
+    for layer in range(layers):
+        table |= _inside(f"{RESBLOCKS}.{layer}", f"{TEXT_LAYERS}.{layer}", _OPEN_CLIP_LAYER)
     return table
 
 

@@ -31,6 +31,7 @@ from dbkit.models import (
     save_models,
     save_tensors,
 )
+from dbkit.receipts import architecture, model_spec
 from dbkit.settings import coerce, configured_by, field_type, is_path, plain
 from dbkit.text import encode_prompts, tokenize
 
@@ -184,8 +185,7 @@ def _metadata(models: Models, config: TrainConfig, name: str) -> dict[str, str]:
     """
     is_sd2 = bool(models.unet.config.use_linear_projection)
     is_v = models.facts.prediction_type == "v_prediction"
-    width, height = config.size
-    family = "stable-diffusion-v1" if not is_sd2 else f"stable-diffusion-v2-{'768-v' if is_v else '512'}"
+    kind = f"{architecture(is_sd2, is_v)}/lora"
     facts = {
         "format": "pt",
         "ss_output_name": name,
@@ -196,13 +196,7 @@ def _metadata(models: Models, config: TrainConfig, name: str) -> dict[str, str]:
         "ss_base_model_version": f"sd_v{2 if is_sd2 else 1}{'_v' if is_v else ''}",
         "ss_sd_model_name": _without_folder(config.pretrained_model_name_or_path),
         "ss_seed": config.seed,
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{family}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": "v" if is_v else "epsilon",
-        "modelspec.trigger_phrase": config.instance_prompt,
+        **model_spec(name, kind, is_v, config.size, config.instance_prompt, implementation="diffusers"),
         "dbkit.train": json.dumps(_shareable(config), ensure_ascii=False),
     }
     return {key: str(value) for key, value in facts.items() if value is not None}

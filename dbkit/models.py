@@ -112,7 +112,7 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
     if not any((folder / part).is_dir() for part in PARTS):
         raise DbkitError(f"{folder} is not a model folder, which has {', '.join(PARTS)} in it; check the path")
     missing = [f"{part}/{_CONFIGS[part]}" for part in PARTS if not (folder / part / _CONFIGS[part]).is_file()]
-    missing += [f"{part} weights" for part in WEIGHTS if not _weight_files(folder / part)]
+    missing += [f"{part} weights" for part in WEIGHTS if not weight_files(folder / part)]
     if missing:
         raise DbkitError(
             f"the model folder {folder} lacks {', '.join(missing)}; copy the model again, or convert the "
@@ -181,9 +181,9 @@ def with_zero_terminal_snr(models: Models) -> None:
     models.noise_scheduler = DDPMScheduler.from_config(models.scheduler_config)
 
 
-def read_config(folder: Path, part: str) -> dict[str, Any]:
-    """The configuration of one part of a model folder."""
-    path = folder / part / _CONFIGS[part]
+def read_config(folder: Path, part: str, kind: str | None = None) -> dict[str, Any]:
+    """The configuration of one part of a model folder, which may have another name than the part's kind."""
+    path = folder / part / _CONFIGS[kind or part]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -193,7 +193,7 @@ def read_config(folder: Path, part: str) -> dict[str, Any]:
     return config
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     """The weight files of one part: safetensors before pickled ones, full precision before variants."""
     for pattern in ("*.safetensors", "*.bin"):
         files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
@@ -235,7 +235,7 @@ def load_models(
         unet = _whole(UNet2DConditionModel, name_or_path, "unet", **options, **variant)
         scheduler_config = DDPMScheduler.load_config(name_or_path, subfolder="scheduler", **options)
         noise_scheduler = DDPMScheduler.from_config(scheduler_config)
-    vae = vae or _load_vae(vae_name)
+    vae = vae or load_vae(vae_name)
     models = Models(tokenizer, text_encoder, vae, unet, noise_scheduler, dict(scheduler_config))
     for module in (text_encoder, vae, unet):
         module.float().eval().requires_grad_(False)
@@ -271,12 +271,13 @@ def vae_folder(name: str) -> Path | None:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError):
         kind = None
-    if kind != "AutoencoderKL" or not _weight_files(here):
+    if kind != "AutoencoderKL" or not weight_files(here):
         raise DbkitError(f"pretrained_vae_name_or_path {name} has no VAE in it; give a folder with its config.json")
     return here
 
 
-def _load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str) -> AutoencoderKL:
+    """A VAE by itself, in fp32 or as it is stored: of a folder or a Hugging Face id."""
     from diffusers import AutoencoderKL
 
     folder = vae_folder(name)
@@ -297,7 +298,7 @@ def _whole(cls: type, name: str | Path, part: str | None, **options: Any) -> tor
 
 def _variant(folder: Path) -> dict[str, str]:
     """diffusers only looks at *.fp16.safetensors when told to."""
-    files = _weight_files(folder / "unet") if folder.is_dir() else []
+    files = weight_files(folder / "unet") if folder.is_dir() else []
     return {"variant": "fp16"} if files and all(".fp16" in path.name for path in files) else {}
 
 
@@ -342,14 +343,20 @@ def save_models(models: Models, folder: Path, precision: str | None = None) -> N
     as a random text encoder. The tokenizer is written in both of its formats.
     """
     with full_disk_is_a_sentence(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        modules = {"text_encoder": models.text_encoder, "vae": models.vae, "unet": models.unet}
-        for part, module in modules.items():
-            _save_module(module, folder, part, precision)
-        save_tokenizer(models.tokenizer, folder / "tokenizer")
-        (folder / "scheduler").mkdir(exist_ok=True)
-        write_text(folder / "scheduler" / _CONFIGS["scheduler"], json.dumps(models.scheduler_config, indent=2))
-        write_text(folder / "model_index.json", json.dumps(_model_index(models), indent=2))
+        save_all_but_weights(models, folder)
+        for part, file in WEIGHTS.items():
+            weights = state_dict(getattr(models, part), part)
+            save_tensors(weights, folder / part / file, f"the {part}", precision, {"format": "pt"})
+
+
+def save_all_but_weights(models: Models, folder: Path) -> None:
+    """Write the settings of a diffusers folder, its tokenizer and scheduler. The modules may be on the meta device."""
+    for part in WEIGHTS:
+        _save_settings(getattr(models, part), folder / part, part)
+    save_tokenizer(models.tokenizer, folder / "tokenizer")
+    (folder / "scheduler").mkdir(exist_ok=True)
+    write_text(folder / "scheduler" / _CONFIGS["scheduler"], json.dumps(models.scheduler_config, indent=2))
+    write_text(folder / "model_index.json", json.dumps(_model_index(models), indent=2))
 
 
 def _model_index(models: Models) -> dict[str, Any]:
@@ -369,16 +376,14 @@ def _model_index(models: Models) -> dict[str, Any]:
     }
 
 
-def _save_module(module: torch.nn.Module, folder: Path, part: str, precision: str | None) -> None:
-    target = folder / part
-    target.mkdir(exist_ok=True)
+def _save_settings(module: torch.nn.Module, target: Path, part: str) -> None:
+    target.mkdir(parents=True, exist_ok=True)
     if part == "text_encoder":
         module.config.architectures = ["CLIPTextModel"]
         module.config.save_pretrained(target)
     else:
         module.save_config(target)
     _forget_origin(target / _CONFIGS[part])
-    save_tensors(state_dict(module, part), target / WEIGHTS[part], f"the {part}", precision, {"format": "pt"})
 
 
 def save_tensors(
@@ -439,7 +444,7 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     weights = {}
-    for path in _weight_files(folder / part):
+    for path in weight_files(folder / part):
         try:
             safe = path.suffix == ".safetensors"
             weights |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
@@ -453,7 +458,7 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
 def vae_fingerprint(name: str | None) -> str | None:
     """What tells one VAE from another: for a folder a hash of its weights, else its id."""
     folder = vae_folder(name) if name else None
-    return "".join(sha256(path) for path in _weight_files(folder)) if folder else name
+    return "".join(sha256(path) for path in weight_files(folder)) if folder else name
 
 
 def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
@@ -469,7 +474,7 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
     for path in (folder / "scheduler" / _CONFIGS["scheduler"], folder / "tokenizer" / "vocab.json"):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for part in WEIGHTS:
-        for path in _weight_files(folder / part):
+        for path in weight_files(folder / part):
             length = path.stat().st_size
             digest.update(f"{part}/{length}".encode())
             with path.open("rb") as file:

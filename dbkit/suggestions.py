@@ -45,7 +45,7 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
         return {
             "source": model,
             "destination": Path("exports") / f"{stem}.safetensors",
-            "half": True,
+            "save_precision": "fp16",
             "overwrite": True,
         }
     if cls is ConvertConfig:

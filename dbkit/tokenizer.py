@@ -16,19 +16,23 @@ from dbkit.libraries import hub_options, loading
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-# The tokenizer of every Stable Diffusion 1 model, at the commit this was written against.
+# The tokenizer of every Stable Diffusion model, at the commit this was written against.
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 _CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 
 
-def load_tokenizer(name: str | None) -> CLIPTokenizer:
-    """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1."""
+# Stable Diffusion 2 has the same words, and fills prompts up with this one, whose id is 0, instead of the end's.
+SD2_PAD = "!"
+
+
+def load_tokenizer(name: str | None, **settings: Any) -> CLIPTokenizer:
+    """A tokenizer by folder or Hugging Face id; for None the one of Stable Diffusion 1. settings: pad_token."""
     if name:
         with loading(f"tokenizer {name}"):
-            return clip_tokenizer(name)
+            return clip_tokenizer(name, **settings)
     options = hub_options(CLIP_TOKENIZER, "tokenizer_config.json", _CLIP_REVISION)
     with loading(f"tokenizer {CLIP_TOKENIZER}"):
-        return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION, **options)
+        return clip_tokenizer(CLIP_TOKENIZER, revision=_CLIP_REVISION, **options, **settings)
 
 
 def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:

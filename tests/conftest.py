@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dbkit import TrainConfig
-from dbkit.families import sd1_scheduler
+from dbkit.families import scheduler_config
 from dbkit.libraries import quiet
 from dbkit.models import Models, save_models
 from dbkit.tokenizer import load_tokenizer_tables
@@ -59,6 +59,24 @@ def inpainting_model(model, tmp_path_factory) -> Path:
         torch.manual_seed(1)
         config = json.loads((folder / "unet" / "config.json").read_text())
         UNet2DConditionModel.from_config({**config, "in_channels": 9}).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd2_model(tmp_path_factory) -> Path:
+    """A narrow Stable Diffusion 2 with all 23 layers of its text encoder, predicting epsilon. Do not change it."""
+    return make_random_model(tmp_path_factory.mktemp("models") / "sd2", is_sd2=True)
+
+
+@pytest.fixture(scope="session")
+def sd2_v_model(sd2_model, tmp_path_factory) -> Path:
+    """The same, said to predict v. Do not change it."""
+    folder = shutil.copytree(sd2_model, tmp_path_factory.mktemp("models") / "sd2-v")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(scheduler_config("v_prediction")))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -186,8 +204,8 @@ def mixed(tmp_path) -> dict:
     }
 
 
-def make_random_model(folder: Path, seed: int = 0) -> Path:
-    """Write a small model of the real classes with random weights, in the layout of Stable Diffusion 1.
+def make_random_model(folder: Path, seed: int = 0, is_sd2: bool = False) -> Path:
+    """Write a small model of the real classes with random weights, in the layout of Stable Diffusion 1 or 2.
 
     Same block types, levels and tensor names as the real one, about 1/8 of its width, for 64 px pictures. Where a test
     asks whether something runs and not whether anything is learnt, it is enough.
@@ -197,7 +215,7 @@ def make_random_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = load_tokenizer_tables(
         {word: number for number, word in enumerate(words)},
         [],
-        {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer"},
+        {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **({"pad_token": "!"} if is_sd2 else {})},
     )
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -206,8 +224,9 @@ def make_random_model(folder: Path, seed: int = 0) -> Path:
                 vocab_size=len(words),
                 hidden_size=64,
                 intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
+                num_hidden_layers=23 if is_sd2 else 2,
+                num_attention_heads=16 if is_sd2 else 4,
+                hidden_act="gelu" if is_sd2 else "quick_gelu",
                 bos_token_id=len(words) - 2,
                 eos_token_id=len(words) - 1,
                 pad_token_id=len(words) - 1,
@@ -223,11 +242,12 @@ def make_random_model(folder: Path, seed: int = 0) -> Path:
         )
         unet = UNet2DConditionModel(
             sample_size=8,
-            block_out_channels=(32, 64, 96, 96),
+            block_out_channels=(32, 64, 128, 128) if is_sd2 else (32, 64, 96, 96),
             cross_attention_dim=64,
-            attention_head_dim=8,
+            attention_head_dim=[1, 1, 2, 2] if is_sd2 else 8,
+            use_linear_projection=is_sd2,
         )
-    scheduler_config = sd1_scheduler()
-    models = Models(tokenizer, text_encoder, vae, unet, DDPMScheduler.from_config(scheduler_config), scheduler_config)
+    schedule = scheduler_config("epsilon")
+    models = Models(tokenizer, text_encoder, vae, unet, DDPMScheduler.from_config(schedule), schedule)
     save_models(models, folder)
     return folder

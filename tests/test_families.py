@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dbkit.families import sd1_configs, sd1_scheduler
+from dbkit.families import model_configs, scheduler_config
 
 
 def test_the_settings_of_stable_diffusion_1_are_read_off_its_shapes():
@@ -71,7 +71,7 @@ def test_the_settings_of_stable_diffusion_1_are_read_off_its_shapes():
     weights = {part: module.state_dict() for part, module in modules.items()}
     if not next(iter(weights["text_encoder"])).startswith("text_model."):
         weights["text_encoder"] = {f"text_model.{name}": tensor for name, tensor in weights["text_encoder"].items()}
-    inferred = build(sd1_configs(weights))
+    inferred = build(model_configs(weights, False, "epsilon"))
     for part, expected in published.items():
         found = dict(inferred[part].config.to_dict() if part == "text_encoder" else inferred[part].config)
         assert {
@@ -79,12 +79,15 @@ def test_the_settings_of_stable_diffusion_1_are_read_off_its_shapes():
         } == expected
         shapes = {name: tensor.shape for name, tensor in inferred[part].state_dict().items()}
         assert shapes == {name: tensor.shape for name, tensor in modules[part].state_dict().items()}
-    assert DDPMScheduler.from_config(sd1_configs(weights)["scheduler"]).config.prediction_type == "epsilon"
+    assert (
+        DDPMScheduler.from_config(model_configs(weights, False, "epsilon")["scheduler"]).config.prediction_type
+        == "epsilon"
+    )
 
 
 def test_the_scheduler_is_that_of_the_published_configuration():
     # CompVis/stable-diffusion, configs/stable-diffusion/v1-inference.yaml.
-    scheduler = sd1_scheduler()
+    scheduler = scheduler_config("epsilon")
     assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"]) == (0.00085, 0.0120, 1000)
     assert (scheduler["beta_schedule"], scheduler["prediction_type"]) == ("scaled_linear", "epsilon")
     assert re.fullmatch(r"\w+Scheduler", scheduler["_class_name"])

@@ -16,8 +16,8 @@ LISTED = """
     errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
     libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
     captioning examples models sampling class_images cache losses checkpoint copies mirror trackers log run_folder
-    status resume saves optimizers lora ema state keeper auto preview evaluate hub planning train keys families convert
-    demo suggestions forms editor cli
+    status resume saves optimizers receipts lora ema state keeper auto preview evaluate hub planning train keys
+    tensor_files families layouts original_config stored_models convert demo suggestions forms editor cli
 """
 ORDER = LISTED.split()
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from dbkit import DbkitError
-from dbkit.families import sd1_scheduler
+from dbkit.families import scheduler_config
 from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 
 TIMESTEPS = torch.tensor([0, 1, 437, 998, 999])
@@ -13,7 +13,7 @@ TIMESTEPS = torch.tensor([0, 1, 437, 998, 999])
 
 def noise_scheduler(prediction_type: str = "epsilon") -> DDPMScheduler:
     """diffusers' scheduler with the noise schedule of Stable Diffusion 1."""
-    return DDPMScheduler.from_config({**sd1_scheduler(), "prediction_type": prediction_type})
+    return DDPMScheduler.from_config({**scheduler_config("epsilon"), "prediction_type": prediction_type})
 
 
 def draw(*names: str) -> list[torch.Tensor]:

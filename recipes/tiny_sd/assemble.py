@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPModel, CLIPTokenizer, ViTModel
 
 from dbkit.embedded import ASSETS, CLIP, DINO, MODEL, NAME
-from dbkit.families import sd1_scheduler
+from dbkit.families import scheduler_config
 from dbkit.files import sha256
 from dbkit.models import Models, load_models, save_models
 from dbkit.tokenizer import save_tokenizer
@@ -38,7 +38,7 @@ def main() -> None:
     out = parser.parse_args().out
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     clip = CLIPModel.from_pretrained(out / "clip")
-    scheduler = sd1_scheduler()
+    scheduler = scheduler_config("epsilon")
     models = Models(
         tokenizer,
         text_encoder_of(clip),

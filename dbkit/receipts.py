@@ -1,0 +1,59 @@
+"""What files tell of themselves: the fields of ModelSpec, and the receipt of the run that a model comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dbkit.checkpoint import read_manifest
+from dbkit.settings import field_type, is_path
+from dbkit.train_config import TrainConfig
+
+# Under this name files of whole models carry the receipt of their run.
+RECEIPT = "dbkit.run"
+# What a run's manifest says of models and data: hashes of what they hold, or ids, never where they lie.
+_SOURCES = (
+    "pretrained_model_name_or_path",
+    "pretrained_vae_name_or_path",
+    "tokenizer_name",
+    "instance images or captions",
+    "class images",
+)
+
+
+def architecture(is_sd2: bool, is_v: bool, inpaints: bool = False) -> str:
+    """ModelSpec's name for a family."""
+    name = f"stable-diffusion-v2-{'768-v' if is_v else '512'}" if is_sd2 else "stable-diffusion-v1"
+    return name + ("-inpainting" if inpaints else "")
+
+
+def model_spec(
+    title: str, architecture: str, is_v: bool, resolution: tuple[int, int], trigger: str | None, **more: str
+):
+    """The fields of the Stability AI model metadata standard, version 1.0.0, all of them text; more are its others."""
+    width, height = resolution
+    facts = {
+        "sai_model_spec": "1.0.0",
+        "architecture": architecture,
+        "title": title,
+        "resolution": f"{width}x{height}",
+        "prediction_type": "v" if is_v else "epsilon",
+        "trigger_phrase": trigger,
+        **more,
+    }
+    return {f"modelspec.{name}": value for name, value in facts.items() if value is not None}
+
+
+def run_receipt(folder: Path) -> dict[str, Any] | None:
+    """Steps, settings, base model and data of the run that a model folder comes from, by its manifest; None if of none.
+
+    Nothing in it tells of this machine: no paths, no secrets.
+    """
+    manifest = read_manifest(folder)
+    facts = manifest["facts"] if manifest else {}
+    if not isinstance(facts.get("settings"), dict):
+        return None
+    known = {name for name in TrainConfig.__dataclass_fields__ if not is_path(field_type(TrainConfig, name))}
+    settings = {name: value for name, value in facts["settings"].items() if name in known and value is not None}
+    sources = {name: facts[name] for name in _SOURCES if facts.get(name)}
+    return {"steps": manifest["step"], "settings": settings, **sources}
