@@ -266,6 +266,30 @@ class ConvertConfig(Settings):
         "tokenizer folder or Hugging Face id for a file that does not carry one; empty: CLIP's, which these models have",
         advanced=True,
     )
+    license: str | None = setting(
+        None, "licence to note in a file, as creativeml-openrail-m: that of the base model goes on", advanced=True
+    )
+    push_to_hub: bool = setting(
+        False,
+        "upload the file to the Hugging Face Hub; its token comes from `hf auth login`, HF_TOKEN, or on Colab the secret of that name",
+        advanced=True,
+    )
+    hub_token: str | None = setting(
+        None,
+        "token of the upload, if not the one that is logged in; it is never saved",
+        advanced=True,
+        secret=True,
+        needs="push_to_hub",
+    )
+    hub_model_id: str | None = setting(
+        None,
+        "repository of the upload, owner/name or name; empty: the file's name",
+        advanced=True,
+        needs="push_to_hub",
+    )
+    hub_private: bool = setting(
+        True, "only you see the upload; off: everyone sees it", advanced=True, needs="push_to_hub"
+    )
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,16 @@ from dbkit.config import ConvertConfig
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError, counted, some
 from dbkit.files import full_disk_is_a_sentence, require_space, share, sync, whole_file, write_text
+from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
 from dbkit.models import WEIGHTS, Models, require_replaceable, save_all_but_weights
 from dbkit.original_config import config_beside, original_config, require_replaceable_config
-from dbkit.receipts import RECEIPT, architecture, model_spec, run_receipt
+from dbkit.proof import prove, table
+from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
 from dbkit.settings import configured_by, replace
 from dbkit.stored_models import METADATA, StoredModel, empty_modules, read_file, read_folder
-from dbkit.tensor_files import SAFETENSORS, Stored, damage, read_back, write_ckpt, write_safetensors
+from dbkit.tensor_files import SAFETENSORS, Stored, damage, is_finite, read_back, same, write_ckpt, write_safetensors
 from dbkit.tokenizer import SD2_PAD, load_tokenizer, load_tokenizer_tables
 
 if TYPE_CHECKING:
@@ -34,8 +36,9 @@ _FILES = (SAFETENSORS, ".ckpt")
 def convert(config: ConvertConfig) -> Path:
     """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file; returns what was made.
 
-    The direction follows from the source. What was written is read back by the libraries' own readers and compared with
-    the source tensor by tensor before it takes its final name. Raises DbkitError for other families and damaged files.
+    The direction follows from the source. Before what was written takes its final name it is read back, by the
+    libraries' own readers and by dbkit's, and compared with the source: tensor by tensor, and by what both compute from
+    the same inputs. Raises DbkitError for other families and damaged files.
     """
     config = replace(config, source=local_folder(config.source))
     if config.source.is_dir():
@@ -54,6 +57,7 @@ def _to_file(config: ConvertConfig) -> Path:
         )
     if destination.exists() and not config.overwrite:
         raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+    require_hub(config, destination.stem)
     model = read_folder(config)
     tensors = to_original(model.weights, model.family.is_sd2, model.family.name, source)
     # User interfaces take a model for one that predicts noise, or guess, unless this file tells them.
@@ -61,12 +65,14 @@ def _to_file(config: ConvertConfig) -> Path:
     told = original_config(model.configs, **vars(model.family)) if model.family.is_sd2 or is_v else None
     if told:
         require_replaceable_config(beside)
-    noted = _notes(model, source, destination.stem, is_v)
+    noted = _notes(model, source, destination.stem, is_v, config.license)
     with _Writer(config, tensors, destination) as writer, whole_file(destination) as partial:
         writer.write(tensors, partial, suffix, noted)
         writer.finish()
+        writer.prove(model, read_file(ConvertConfig(partial, destination), suffix))
         if told:
             write_text(beside, told)
+    upload_files(config, [destination, *([beside] if told else [])])
     return destination
 
 
@@ -76,6 +82,8 @@ def _to_folder(config: ConvertConfig) -> Path:
         raise DbkitError(f"{source} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
     if destination.suffix.lower() in _FILES or destination.is_file():
         raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
+    if config.push_to_hub:
+        raise DbkitError(f"push_to_hub uploads a file, and {destination} is a folder; leave it out")
     require_replaceable(destination, config.overwrite, source)
     model = read_file(config)
     modules = empty_modules(model, source)
@@ -86,12 +94,12 @@ def _to_folder(config: ConvertConfig) -> Path:
             path = partial / part / WEIGHTS[part]
             writer.write(weights, path, SAFETENSORS, {"format": "pt"}, f"{part} ")
             share(path)
-            sync(path)
         writer.finish()
+        writer.prove(model, read_folder(ConvertConfig(partial, destination)))
     return destination
 
 
-def _notes(model: StoredModel, source: Path, title: str, is_v: bool) -> dict[str, str]:
+def _notes(model: StoredModel, source: Path, title: str, is_v: bool, license: str | None) -> dict[str, str]:
     """What a file says beside its tensors: to become the same folder again, to user interfaces, and of its run."""
     facts = {"configs": model.configs, "tokenizer": model.tokenizer}
     noted = {METADATA: json.dumps(facts, ensure_ascii=False, sort_keys=True)}
@@ -107,6 +115,8 @@ def _notes(model: StoredModel, source: Path, title: str, is_v: bool) -> dict[str
         is_v,
         (side, side),
         learnt.get("instance_prompt"),
+        thumbnail=picture(source),
+        license=license,
         implementation=f"https://github.com/{author}",
     )
 
@@ -119,6 +129,9 @@ def _whole_folder(destination: Path) -> Iterator[Path]:
     try:
         with full_disk_is_a_sentence(destination.parent):
             yield partial
+            for path in partial.rglob("*"):
+                if path.is_file():
+                    sync(path)
             if destination.exists():
                 destination.rename(old)
             partial.rename(destination)
@@ -159,7 +172,7 @@ class _Writer:
 
         def change(values: torch.Tensor) -> torch.Tensor:
             cast = values.to(dtype)
-            if not cast.isfinite().all():
+            if not is_finite(cast):
                 self.faults[name] = int((~cast.isfinite()).sum())
             return cast
 
@@ -191,15 +204,22 @@ class _Writer:
 
     def _different(self, written: dict[str, Stored], tensors: dict[str, Stored]) -> list[str]:
         """The names whose tensors differ in value or type, or are on one side alone."""
-        import torch
-
         different = sorted(written.keys() ^ tensors.keys())
         for name in sorted(written.keys() & tensors.keys()):
             wanted, found = tensors[name], written[name]
-            if found.dtype != wanted.dtype or not torch.equal(found.read(), wanted.read()):
+            if (found.dtype, found.shape) != (wanted.dtype, wanted.shape) or not same(found.read(), wanted.read()):
                 different.append(name)
             self.bar.update(wanted.nbytes)
         return different
+
+    def prove(self, source: StoredModel, written: StoredModel) -> None:
+        """Compare what both models compute, and say how they compare."""
+        self.bar.set_description("computing with both")
+        weights = [tensor for tensors in source.weights.values() for tensor in tensors.values()]
+        changes = any(self._cast("", tensor).dtype != tensor.dtype for tensor in weights)
+        proofs = prove(source, written, self.destination, self._cast if changes else None)
+        self.bar.close()
+        print(table(proofs))
 
     def finish(self) -> None:
         """Raise DbkitError if any value was no number: such a file would be black pictures."""

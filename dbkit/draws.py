@@ -28,6 +28,7 @@ Purpose = Literal[
     "variant",
     "holes",
     "lora",
+    "proof",
 ]
 # A purpose's number is part of every seed: new purposes go at the end.
 _PURPOSES: tuple[Purpose, ...] = typing.get_args(Purpose)

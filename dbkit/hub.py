@@ -1,4 +1,4 @@
-"""The finished model on the Hugging Face Hub: tried before a run begins, uploaded with a model card when it is done."""
+"""Models on the Hugging Face Hub: the upload is tried before work begins, and what arrived is compared."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit.checkpoint import MANIFEST
 from dbkit.embedded import local_folder
-from dbkit.errors import DbkitError, some
+from dbkit.errors import DbkitError, counted, some
 from dbkit.files import size
 from dbkit.libraries import library_errors
 from dbkit.models import LORA_BASE
@@ -23,6 +23,8 @@ from dbkit.train_config import TrainConfig
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.hf_api import RepoFile, RepoUrl
+
+    from dbkit.config import ConvertConfig
 
 _CARD = "README.md"
 _PICTURE = "preview.png"
@@ -44,14 +46,16 @@ _SHOWN = (
 _MAY_BE_PATHS = ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "tokenizer_name")
 
 
-def require_hub(config: TrainConfig, run: Path) -> None:
-    """Make or find the repository of the upload, if one is asked for, so that a run does not fail at its end.
+def require_hub(config: TrainConfig | ConvertConfig, name: str) -> None:
+    """Make or find the repository of the upload, if one is asked for, so that work does not fail at its end.
+
+    name is the repository's where hub_model_id gives none.
 
     Raises DbkitError where the Hub cannot be reached, or the token may not write there.
     """
     if config.push_to_hub:
-        url = _open_repository(config, run)[1]
-        print(f"the finished model will be uploaded to {url}{', which is private' if config.hub_private else ''}")
+        url = _open_repository(config, name)[1]
+        print(f"the result will be uploaded to {url}{', which is private' if config.hub_private else ''}")
 
 
 def upload_model(config: TrainConfig, run: Path, step: int, prompts: Sequence[str]) -> None:
@@ -63,24 +67,37 @@ def upload_model(config: TrainConfig, run: Path, step: int, prompts: Sequence[st
         return
     model = run / "model"
     try:
-        api, repository = _open_repository(config, run)
+        api, repository = _open_repository(config, run.name)
         files = _files(config, run, step, prompts, repository.repo_id)
-        _commit(api, repository.repo_id, step, files)
+        _commit(api, repository, files, f"The model after {step} steps")
     except DbkitError as error:
         raise DbkitError(
             f"the model is whole in {model}, but not on the Hub: {error}; the same command again only uploads"
         ) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the model is whole in {model}; train again to upload it") from None
-    total = sum(file.upload_info.size for file in files)
-    print(f"{len(files)} files, {size(total)}, are uploaded to {repository}")
 
 
-def _open_repository(config: TrainConfig, run: Path) -> tuple[HfApi, RepoUrl]:
+def upload_files(config: ConvertConfig, paths: Sequence[Path]) -> None:
+    """Upload finished files under their own names, if that is asked for. Raises DbkitError when it fails."""
+    from huggingface_hub import CommitOperationAdd
+
+    if not config.push_to_hub:
+        return
+    try:
+        api, repository = _open_repository(config, paths[0].stem)
+        _commit(api, repository, [CommitOperationAdd(path.name, path) for path in paths], f"{paths[0].name} by dbkit")
+    except DbkitError as error:
+        raise DbkitError(
+            f"{paths[0]} is whole, but not on the Hub: {error}; hf upload sends it without converting again"
+        ) from error
+
+
+def _open_repository(config: TrainConfig | ConvertConfig, name: str) -> tuple[HfApi, RepoUrl]:
     """The client, and the repository, made if it is not there. Raises DbkitError unless the token may write to it."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
-    name = _repository_name(config, run)
+    name = _repository_name(config.hub_model_id, name)
     token = config.hub_token or get_token()
     if not token:
         raise DbkitError(
@@ -108,16 +125,16 @@ def _open_repository(config: TrainConfig, run: Path) -> tuple[HfApi, RepoUrl]:
     return api, repository
 
 
-def _repository_name(config: TrainConfig, run: Path) -> str:
-    """hub_model_id, or the name of the run's folder. Raises DbkitError where the Hub knows no such names."""
+def _repository_name(hub_model_id: str | None, otherwise: str) -> str:
+    """The repository's name. Raises DbkitError where the Hub knows no such names."""
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    name = config.hub_model_id or run.name
+    name = hub_model_id or otherwise
     try:
         # The client's check before version 2 takes letters of any script.
         validate_repo_id(name if name.isascii() else "")
     except HFValidationError as error:
-        what = f"hub_model_id is {name!r}" if config.hub_model_id else f"no repository can be called {name!r}"
+        what = f"hub_model_id is {name!r}" if hub_model_id else f"no repository can be called {name!r}"
         raise DbkitError(
             f"{what}; give hub_model_id as owner/name or name, of the letters a to z, digits, and single - _ . between"
         ) from error
@@ -178,14 +195,17 @@ def _files(config: TrainConfig, run: Path, step: int, prompts: Sequence[str], re
     return [*files, CommitOperationAdd(_CARD, card.encode())]
 
 
-def _commit(api: HfApi, repo_id: str, step: int, files: list[CommitOperationAdd]) -> None:
+def _commit(api: HfApi, repository: RepoUrl, files: list[CommitOperationAdd], message: str) -> None:
     """Put the files on the Hub in one commit. Raises DbkitError unless it then holds each of them as it is here."""
+    repo_id = repository.repo_id
     with _hub_errors_are_sentences(repo_id, "check the connection"):
-        commit = api.create_commit(repo_id, files, commit_message=f"The model after {step} steps")
+        commit = api.create_commit(repo_id, files, commit_message=message)
         listed = {entry.path: entry for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)}
     wrong = [file.path_in_repo for file in files if not _has_arrived(file, listed.get(file.path_in_repo))]
     if wrong:
         raise DbkitError(f"the Hub does not hold {some(wrong)} as sent")
+    total = sum(file.upload_info.size for file in files)
+    print(f"{counted(len(files), 'file')}, {size(total)}, {'are' if len(files) > 1 else 'is'} uploaded to {repository}")
 
 
 def _has_arrived(sent: CommitOperationAdd, there: RepoFile | None) -> bool:

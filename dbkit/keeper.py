@@ -24,6 +24,7 @@ from dbkit.models import save_models
 from dbkit.processes import on_main
 from dbkit.saves import Due, Saves
 from dbkit.state import State, state_size, write_state
+from dbkit.tensor_files import is_finite
 from dbkit.train_config import TrainConfig
 
 # Seconds that the end of a run waits for copies of which nothing moves; after a stop or a mistake, when somebody waits,
@@ -159,7 +160,7 @@ class Keeper:
 
     def _require_numbers(self, step: int) -> None:
         for part, module in self.state.plain.items():
-            if not all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+            if not all(is_finite(parameter.detach()) for parameter in module.parameters()):
                 raise DbkitError(
                     f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
                     "learning_rate and train again, which continues from the last good state"

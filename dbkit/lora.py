@@ -33,6 +33,7 @@ from dbkit.models import (
 )
 from dbkit.receipts import architecture, model_spec
 from dbkit.settings import coerce, configured_by, field_type, is_path, plain
+from dbkit.tensor_files import is_finite
 from dbkit.text import encode_prompts, tokenize
 
 if TYPE_CHECKING:
@@ -250,7 +251,7 @@ def read_lora(path: Path) -> dict[str, Adapter]:
 
 
 def _finite(down: torch.Tensor, up: torch.Tensor, alpha: float) -> bool:
-    return bool(down.isfinite().all()) and bool(up.isfinite().all()) and math.isfinite(alpha)
+    return is_finite(down) and is_finite(up) and math.isfinite(alpha)
 
 
 def _from_any_spelling(name: str) -> str:

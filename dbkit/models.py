@@ -9,13 +9,14 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbkit import processes
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
-from dbkit.files import full_disk_is_a_sentence, sha256, share, write_text
+from dbkit.files import full_disk_is_a_sentence, sha256, share
 from dbkit.libraries import hub_options, loading, quiet
+from dbkit.tensor_files import is_finite, same
 from dbkit.text import check_clip_skip, clip_skip_of
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
+
+Value = TypeVar("Value")
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 # The part that proves a folder to be what it says, and its configuration file.
@@ -355,8 +358,8 @@ def save_all_but_weights(models: Models, folder: Path) -> None:
         _save_settings(getattr(models, part), folder / part, part)
     save_tokenizer(models.tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
-    write_text(folder / "scheduler" / _CONFIGS["scheduler"], json.dumps(models.scheduler_config, indent=2))
-    write_text(folder / "model_index.json", json.dumps(_model_index(models), indent=2))
+    _write_json(folder / "scheduler" / _CONFIGS["scheduler"], models.scheduler_config)
+    _write_json(folder / "model_index.json", _model_index(models))
 
 
 def _model_index(models: Models) -> dict[str, Any]:
@@ -389,7 +392,10 @@ def _save_settings(module: torch.nn.Module, target: Path, part: str) -> None:
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, owner: str, precision: str | None, metadata: dict[str, str]
 ) -> None:
-    """Write a safetensors file in fp16, bf16, fp32 or as the tensors are, then read it back and compare."""
+    """Write a safetensors file in fp16, bf16, fp32 or as the tensors are, then read it back and compare.
+
+    It is the caller's to bring it to the disk, as commit() does with all of a folder at once.
+    """
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -397,7 +403,7 @@ def save_tensors(
     weights = {}
     for name, tensor in tensors.items():
         cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        if tensor.is_floating_point() and not cast.isfinite().all():
+        if not is_finite(cast):
             raise DbkitError(
                 f"the weight {name} of {owner} is no number or does not fit in {precision or 'its type'}; set "
                 "save_precision to bf16 or fp32, or train again at a lower learning_rate"
@@ -406,7 +412,7 @@ def save_tensors(
     save_file(weights, path, metadata=metadata)
     share(path)
     written = load_file(path)
-    if written.keys() != weights.keys() or not all(torch.equal(written[name], weights[name]) for name in weights):
+    if written.keys() != weights.keys() or not all(same(written[name], weights[name]) for name in weights):
         raise DbkitError(
             f"{path} reads back differently from what was written; the disk may be failing, save elsewhere"
         )
@@ -416,7 +422,11 @@ def _forget_origin(path: Path) -> None:
     """Take out of a configuration where the part was loaded from: a path of this machine is nobody's business."""
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.pop("_name_or_path", None) is not None:
-        write_text(path, json.dumps(config, indent=2) + "\n")
+        _write_json(path, config)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def state_dict(module: torch.nn.Module, part: str) -> dict[str, torch.Tensor]:
@@ -430,11 +440,16 @@ def state_dict(module: torch.nn.Module, part: str) -> dict[str, torch.Tensor]:
 
 def load_state_dict(module: torch.nn.Module, part: str, weights: dict[str, torch.Tensor], assign: bool = False) -> None:
     """Put weights saved by state_dict() into a part, by copy or by assignment; missing and unknown names raise."""
-    if part == "text_encoder" and not next(iter(module.state_dict())).startswith(TEXT_PREFIX):
-        weights = {name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
-    own = module.state_dict()
+    weights, own = under_own_names(module, part, weights), module.state_dict()
     weights = {name: processes.spread(tensor, own.get(name)) for name, tensor in weights.items()}
     module.load_state_dict(weights, strict=True, assign=assign)
+
+
+def under_own_names(module: torch.nn.Module, part: str, weights: dict[str, Value]) -> dict[str, Value]:
+    """What goes by state_dict()'s names, by those that the installed libraries have in this part."""
+    if part == "text_encoder" and not next(iter(module.state_dict())).startswith(TEXT_PREFIX):
+        return {name.removeprefix(TEXT_PREFIX): value for name, value in weights.items()}
+    return weights
 
 
 def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:

@@ -86,7 +86,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     _check_weights(order, len(instance))
     total = _total_steps(config, order)
     # After every other mistake, since this makes a repository.
-    require_hub(config, run)
+    require_hub(config, run.name)
     for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
         if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
             print(f"the earlier run is moved to {move_aside(folder)}")

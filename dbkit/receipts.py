@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
 from dbkit.checkpoint import read_manifest
+from dbkit.images import jpeg, thumbnail
 from dbkit.settings import field_type, is_path
 from dbkit.train_config import TrainConfig
 
@@ -28,8 +30,8 @@ def architecture(is_sd2: bool, is_v: bool, inpaints: bool = False) -> str:
 
 
 def model_spec(
-    title: str, architecture: str, is_v: bool, resolution: tuple[int, int], trigger: str | None, **more: str
-):
+    title: str, architecture: str, is_v: bool, resolution: tuple[int, int], trigger: str | None, **more: str | None
+) -> dict[str, str]:
     """The fields of the Stability AI model metadata standard, version 1.0.0, all of them text; more are its others."""
     width, height = resolution
     facts = {
@@ -42,6 +44,16 @@ def model_spec(
         **more,
     }
     return {f"modelspec.{name}": value for name, value in facts.items() if value is not None}
+
+
+def picture(folder: Path) -> str | None:
+    """The first preview of the run and step that a model folder comes from, as ModelSpec has it; None without one."""
+    manifest = read_manifest(folder)
+    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    pictures = sorted((run / "previews" / f"step_{manifest['step']:06d}").glob("*.png")) if manifest else []
+    if not pictures:
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(thumbnail(pictures[0], 256))).decode()}"
 
 
 def run_receipt(folder: Path) -> dict[str, Any] | None:

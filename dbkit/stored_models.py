@@ -70,10 +70,13 @@ def read_folder(config: ConvertConfig) -> StoredModel:
     return model
 
 
-def read_file(config: ConvertConfig) -> StoredModel:
-    """An original file as a model, with the settings that dbkit noted in it or those of its family."""
+def read_file(config: ConvertConfig, suffix: str = "") -> StoredModel:
+    """An original file as a model, with the settings that dbkit noted in it or those of its family.
+
+    suffix is for a file whose name lacks its own.
+    """
     source, other_vae = config.source, config.pretrained_vae_name_or_path
-    tensors, metadata = open_tensors(source)
+    tensors, metadata = open_tensors(source, suffix)
     facts = _noted(metadata, source)
     family = find_family({name: t.shape for name, t in tensors.items()}, source, without_vae=bool(other_vae))
     noted = facts["configs"] if facts else {}
@@ -159,6 +162,7 @@ def _other_vae(name: str) -> tuple[dict[str, Stored], dict[str, Any]]:
 def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module]:
     """The real classes built from the settings, without values; the tensors must fit them exactly."""
     import torch
+    from accelerate import init_empty_weights
 
     with quiet():
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -166,7 +170,7 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
 
     configs, name = model.configs, model.family.name
     try:
-        with quiet(), torch.device("meta"):
+        with quiet(), init_empty_weights(include_buffers=False):
             modules = {
                 "unet": UNet2DConditionModel.from_config(configs["unet"]),
                 "vae": AutoencoderKL.from_config(configs["vae"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -137,4 +139,6 @@ def _local_base(workspace: Workspace) -> Path:
 def _sample_file(workspace: Workspace) -> Path:
     """A single-file checkpoint to try the conversion with."""
     path = workspace.path / "models" / "sample.safetensors"
-    return convert(embedded.MODEL, path)
+    # A form is no place for the lines of a conversion.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return convert(embedded.MODEL, path)

@@ -78,13 +78,14 @@ def held(tensor: torch.Tensor) -> Stored:
     return Stored(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
-def open_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
+def open_tensors(path: Path, suffix: str = "") -> tuple[dict[str, Stored], dict[str, Any]]:
     """The tensors of a file by name, and what else it says: metadata, or what lies beside a pickle's state_dict.
 
+    suffix is for a file whose name lacks its own.
     Raises DbkitError for what is damaged, and for a pickle that holds more than tensors and plain values.
     """
     with _damage_is_a_sentence(path):
-        return _open_safetensors(path) if path.suffix.lower() == SAFETENSORS else _open_pickle(path)
+        return _open_safetensors(path) if (suffix or path.suffix).lower() == SAFETENSORS else _open_pickle(path)
 
 
 def read_back(path: Path, suffix: str) -> dict[str, Stored]:
@@ -241,6 +242,19 @@ def _read_values(path: Path, place: int, shape: tuple[int, ...], dtype: torch.dt
         if file.readinto(_bytes(values)) != values.nbytes:
             raise DbkitError(f"{path} has become shorter while it was read; copy it again")
     return values
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are numbers; integers are. Several times faster than asking each value."""
+    # Of anything that is no number, the extremes are none.
+    return not tensor.is_floating_point() or not tensor.numel() or all(end.isfinite() for end in tensor.aminmax())
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are equal bit for bit; several times faster than comparing half floats."""
+    import torch
+
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

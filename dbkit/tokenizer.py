@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
-from dbkit.files import write_text
 from dbkit.libraries import hub_options, loading
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def load_tokenizer_tables(vocabulary: dict[str, int], merges: list[str], config:
     with tempfile.TemporaryDirectory(prefix="dbkit-") as name:
         folder = Path(name)
         _write_tables(vocabulary, merges, folder)
-        write_text(folder / "tokenizer_config.json", json.dumps(config))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
         return load_tokenizer(str(folder))
 
 
@@ -85,8 +84,12 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def _write_tables(vocabulary: dict[str, int], merges: list[str], folder: Path) -> None:
-    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+    texts = {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+    }
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
 def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:

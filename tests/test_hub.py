@@ -68,9 +68,9 @@ def check(python, tmp_path):
     def run(environment=None, **settings):
         values = {"pretrained_model_name_or_path": "owner/base", "instance_data_dir": "photos", "push_to_hub": True}
         code = (
-            "from pathlib import Path; from dbkit import TrainConfig; from dbkit.hub import require_hub\n"
+            "from dbkit import TrainConfig; from dbkit.hub import require_hub\n"
             f"config = TrainConfig(instance_prompt='zwx', **{ {**values, **settings}!r})\n"
-            "require_hub(config, Path('runs/zwx-thing'))"
+            "require_hub(config, 'zwx-thing')"
         )
         return _said(python("-c", code, **(environment or {})))
 
@@ -114,15 +114,13 @@ def _files(folder):
 
 
 def test_the_repository_is_made_private_and_empty_and_named_after_the_run(hub, check):
-    assert check(hub_token=TOKEN) == (
-        f"the finished model will be uploaded to {hub.url}/ada/zwx-thing, which is private"
-    )
+    assert check(hub_token=TOKEN) == (f"the result will be uploaded to {hub.url}/ada/zwx-thing, which is private")
     assert hub.repositories == {"ada/zwx-thing": Repository(private=True)}
 
 
 def test_a_repository_can_be_public_and_an_organisations(hub, check):
     said = check(hub_token=TOKEN, hub_model_id="engines/thing", hub_private=False)
-    assert said == f"the finished model will be uploaded to {hub.url}/engines/thing"
+    assert said == f"the result will be uploaded to {hub.url}/engines/thing"
     assert hub.repositories == {"engines/thing": Repository(private=False)}
 
 
@@ -428,3 +426,20 @@ def test_the_code_of_the_card_draws_a_picture_with_what_was_uploaded(hub, upload
     # The current folder has it under its name.
     exec(code.replace("cuda", "cpu"), found)
     assert found["image"].size == (64, 64)
+
+
+def test_an_exported_file_is_uploaded_with_its_yaml(hub, python, sd2_v_model, tmp_path):
+    # The settings page and forms keep tokens out; the command line takes one.
+    where = tmp_path / "mine.safetensors"
+    done = python("-m", "dbkit", "convert", sd2_v_model, where, "--push_to_hub", "--hub_token", TOKEN)
+    assert "2 files, " in _said(done)
+    assert hub.repositories["ada/mine"].private
+    assert dict(hub.repositories["ada/mine"].files) == {
+        name: where.with_suffix(suffix).read_bytes()
+        for name, suffix in (("mine.safetensors", ".safetensors"), ("mine.yaml", ".yaml"))
+    }
+
+
+def test_an_export_that_cannot_be_uploaded_is_refused_before_it_is_made(python, model, tmp_path):
+    done = python("-m", "dbkit", "convert", model, tmp_path / "mine.safetensors", "--push_to_hub")
+    assert "push_to_hub needs a token" in _said(done) and not (tmp_path / "mine.safetensors").exists()

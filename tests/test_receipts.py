@@ -1,7 +1,11 @@
 """A file tells what user interfaces and its maker want to know, and nothing of the machine it was made on."""
 
+import base64
+import io
 import json
 
+import numpy as np
+from PIL import Image
 from safetensors import safe_open
 
 from dbkit import convert, train
@@ -42,3 +46,16 @@ def test_architectures_have_the_names_of_the_standard():
     assert architecture(True, False) == "stable-diffusion-v2-512"
     assert architecture(True, True) == "stable-diffusion-v2-768-v"
     assert architecture(False, False, inpaints=True) == "stable-diffusion-v1-inpainting"
+
+
+def test_the_first_preview_of_its_step_is_the_thumbnail(settings, tmp_path):
+    model = train(**settings)
+    found = metadata_of(convert(model, tmp_path / "dog.safetensors", license="creativeml-openrail-m"))
+    assert found["modelspec.license"] == "creativeml-openrail-m"
+    kind, _, encoded = found["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded))), dtype=float)
+    pictures = sorted((settings["output_dir"] / "previews" / "step_000002").glob("*.png"))
+    differences = [np.abs(shown - np.asarray(Image.open(path), dtype=float)).mean() for path in pictures]
+    # Noise of an untrained model does not suit JPEG.
+    assert differences[0] < 30 and differences[0] * 2 < min(differences[1:])
