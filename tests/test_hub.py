@@ -442,4 +442,4 @@ def test_an_exported_file_is_uploaded_with_its_yaml(hub, python, sd2_v_model, tm
 
 def test_an_export_that_cannot_be_uploaded_is_refused_before_it_is_made(python, model, tmp_path):
     done = python("-m", "dbkit", "convert", model, tmp_path / "mine.safetensors", "--push_to_hub")
-    assert "push_to_hub needs a token" in _said(done) and not (tmp_path / "mine.safetensors").exists()
+    assert done.stderr.startswith("dbkit: push_to_hub needs a token") and not (tmp_path / "mine.safetensors").exists()

@@ -49,7 +49,7 @@ def test_architectures_have_the_names_of_the_standard():
 
 
 def test_the_first_preview_of_its_step_is_the_thumbnail(settings, tmp_path):
-    model = train(**settings)
+    model = train(**{**settings, "auto_test_model": True, "test_num_per_prompt": 2})
     found = metadata_of(convert(model, tmp_path / "dog.safetensors", license="creativeml-openrail-m"))
     assert found["modelspec.license"] == "creativeml-openrail-m"
     kind, _, encoded = found["modelspec.thumbnail"].partition(",")
