@@ -1,8 +1,9 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
 Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
-came of it, merge() puts a LoRA into its model, and status() tells how far a run is. Each takes its settings object, or
-the settings by name. Heavy libraries are imported when a function is called.
+came of it, merge() puts a LoRA into its model, status() tells how far a run is, and saved_models() what there is to
+export. Each takes its settings object, or the settings by name. Heavy libraries are imported when a function is
+called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -26,6 +27,7 @@ from dbkit.evaluate import evaluate
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
 from dbkit.preview import preview
+from dbkit.saved_models import SavedModels, saved_models
 from dbkit.status import RunStatus, status
 from dbkit.train import train
 from dbkit.workspace import describe_machine, open_workspace
@@ -42,6 +44,7 @@ __all__ = [
     "PrepareConfig",
     "PreviewConfig",
     "RunStatus",
+    "SavedModels",
     "StatusConfig",
     "TrainConfig",
     "caption_dataset",
@@ -54,6 +57,7 @@ __all__ = [
     "open_workspace",
     "prepare_dataset",
     "preview",
+    "saved_models",
     "status",
     "train",
 ]

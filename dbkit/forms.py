@@ -18,7 +18,7 @@ from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
 from dbkit.settings import Settings, field_type, is_optional, is_several, read_yaml
-from dbkit.suggestions import suggest
+from dbkit.suggestions import choices, suggest
 from dbkit.workspace import Workspace
 
 Config = TypeVar("Config", bound=Settings)
@@ -38,6 +38,7 @@ class Form(widgets.VBox, Generic[Config]):
         names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("secret")]
         self._chosen = {key: value for key, value in self._kept().items() if key in names}
         suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
+        self._offered = choices(cls, workspace, name)
         self._left = [field.name for field in dataclasses.fields(cls) if field.metadata.get("auto")]
         if self._chosen.get("auto", suggested.get("auto")):
             suggested |= {name: None for name in self._left if name not in self._chosen}
@@ -89,8 +90,10 @@ class Form(widgets.VBox, Generic[Config]):
         elif is_several(kind):
             box = widgets.Textarea(placeholder="one on each line", continuous_update=False)
         else:
+            # A Combobox is a Text that offers something.
             required = field.default is dataclasses.MISSING
-            box = widgets.Text(placeholder="required" if required else "empty", continuous_update=False)
+            box = widgets.Combobox(placeholder="required" if required else "empty", continuous_update=False)
+            box.options = self._offered.get(field.name, [])
         box.layout = widgets.Layout(width="340px")
         try:
             box.value = _shown(self._relative(value), box)

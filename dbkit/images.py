@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
+import html
 import io
 import math
 import struct
@@ -181,6 +183,19 @@ def jpeg(image: Image.Image, quality: int = 75) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
+
+
+def as_html(path: Path, side: int, name: str) -> str:
+    """A picture for a notebook, in itself, no larger than `side` pixels; nothing if it is gone or damaged by now."""
+    try:
+        return f'<img src="{data_url(path, side, quality=85)}" alt="{html.escape(name)}">'
+    except (DbkitError, OSError):
+        return ""
+
+
+def data_url(path: Path, side: int, quality: int = 75) -> str:
+    """A picture as an address that holds all of it, no larger than `side` pixels."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(thumbnail(path, side), quality)).decode()}"
 
 
 def kind_of(path: Path) -> str | None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
 from dbkit.checkpoint import read_manifest
-from dbkit.images import jpeg, thumbnail
+from dbkit.images import data_url
 from dbkit.settings import field_type, is_path
 from dbkit.train_config import TrainConfig
 
@@ -53,7 +52,7 @@ def picture(folder: Path) -> str | None:
     pictures = sorted((run / "previews" / f"step_{manifest['step']:06d}").glob("*.png")) if manifest else []
     if not pictures:
         return None
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(thumbnail(pictures[0], 256))).decode()}"
+    return data_url(pictures[0], 256)
 
 
 def run_receipt(folder: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import html
 import json
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from dbkit.doctor import Finding
 from dbkit.errors import DbkitError, counted
 from dbkit.files import full_disk_is_a_sentence, whole_file, write_text
-from dbkit.images import jpeg, thumbnail
+from dbkit.images import data_url, thumbnail
 
 if TYPE_CHECKING:
     pass
@@ -127,7 +126,7 @@ class DatasetReport:
     def _row(self, image: Kept) -> str:
         said = "<br>".join(html.escape(finding.says) for finding in self.findings if finding.image == image.source)
         return (
-            f'<tr><td><img width=96 src="data:image/jpeg;base64,{_encoded(self.folder / image.file)}"></td>'
+            f'<tr><td><img width=96 src="{data_url(self.folder / image.file, 96)}"></td>'
             f"<td>{html.escape(_title(image))}<br>{_note(image)}</td><td>{html.escape(image.caption or '')}</td>"
             f"<td>{said}</td></tr>"
         )
@@ -143,10 +142,6 @@ def _note(image: Kept) -> str:
     if image.kept >= 0.995:
         return ""
     return f"{image.width} x {image.height}, of which {image.kept:.0%} is trained"
-
-
-def _encoded(path: Path) -> str:
-    return base64.b64encode(jpeg(thumbnail(path, 96))).decode()
 
 
 def write_contact_sheet(report: DatasetReport) -> Path:

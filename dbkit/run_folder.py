@@ -75,7 +75,7 @@ def find_run(run: Path | None) -> Path:
     """The folder of a run; None: of the one in the workspace that was worked on last. Raises DbkitError without one."""
     if run is None:
         folder = default_folder() / "runs"
-        runs = [folder / name for name in _runs(folder)]
+        runs = [folder / name for name in runs_in(folder)]
         if not runs:
             raise DbkitError(f"there is no run in {folder} yet; train one, or give the folder of a run")
         return max(runs, key=lambda path: max(_modified(path / name) for name in _MARKS))
@@ -83,8 +83,8 @@ def find_run(run: Path | None) -> Path:
     if _is_run(run):
         return run
     if not run.exists():
-        raise DbkitError(f"there is no run {run}{closest(run.name, _runs(run.parent)) or '; check the path'}")
-    inside = _runs(run)
+        raise DbkitError(f"there is no run {run}{closest(run.name, runs_in(run.parent)) or '; check the path'}")
+    inside = runs_in(run)
     hint = f"give one of the runs in it: {', '.join(inside)}" if inside else "give the output_dir of a training"
     raise DbkitError(f"{run} is no folder of a run; {hint}")
 
@@ -93,7 +93,8 @@ def _is_run(folder: Path) -> bool:
     return any((folder / name).exists() for name in _MARKS)
 
 
-def _runs(folder: Path) -> list[str]:
+def runs_in(folder: Path) -> list[str]:
+    """The names of the runs in a folder; none where it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir() if _is_run(path))
     except OSError:

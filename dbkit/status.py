@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +9,8 @@ from pathlib import Path
 
 from dbkit import run_folder
 from dbkit.config import StatusConfig
-from dbkit.errors import DbkitError
 from dbkit.files import is_locked, size
-from dbkit.images import jpeg, thumbnail
+from dbkit.images import as_html
 from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
 
@@ -90,7 +88,7 @@ class RunStatus:
             f"<tr><td {left}>{html.escape(title)}</td><td {left}>{html.escape(text)}</td></tr>"
             for title, text in self._rows()
         )
-        picture = _thumbnail(self.newest_preview) if self.newest_preview else ""
+        picture = as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
         return f"<p><b>{html.escape(self._head())}</b></p>{_curve(self.losses)}<table>{rows}</table>{picture}"
 
     def _head(self) -> str:
@@ -249,12 +247,3 @@ def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120)
         f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity="0.35"/>'
         f'{lines}<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
     )
-
-
-def _thumbnail(path: Path, side: int = 384) -> str:
-    """A picture for a notebook; nothing if it is gone or damaged by now."""
-    try:
-        encoded = base64.b64encode(jpeg(thumbnail(path, side), quality=85)).decode()
-    except (DbkitError, OSError):
-        return ""
-    return f'<img src="data:image/jpeg;base64,{encoded}" alt="newest preview">'

@@ -9,7 +9,7 @@ from typing import Any
 
 from dbkit import embedded
 from dbkit.captions import read_caption
-from dbkit.config import CaptionConfig, ConvertConfig, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit.config import CaptionConfig, ConvertConfig, EvaluateConfig, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.convert import convert
 from dbkit.embedded import SAMPLE, data_templates
 from dbkit.errors import DbkitError
@@ -17,6 +17,7 @@ from dbkit.images import list_images
 from dbkit.libraries import choose_device
 from dbkit.models import model_facts
 from dbkit.report import REPORT
+from dbkit.saved_models import saved_models
 from dbkit.settings import Settings, read_yaml
 from dbkit.workspace import Workspace
 
@@ -56,6 +57,15 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
         )
         return {"source": source, "destination": Path("models") / f"{source.stem}-diffusers", "overwrite": True}
     return {}
+
+
+def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, list[str]]:
+    """What a form offers for some of its fields, beside what one may type: the models that runs have saved."""
+    field = {ConvertConfig: "source", PreviewConfig: "model", EvaluateConfig: "model"}.get(cls)
+    if not field or name == "convert":
+        return {}
+    models = [model for model in saved_models(workspace).models if cls is not ConvertConfig or not model.is_lora]
+    return {field: [model.folder.relative_to(workspace.path).as_posix() for model in models]}
 
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:

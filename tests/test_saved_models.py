@@ -1,0 +1,68 @@
+"""What there is to export is read from the files of runs, and only what is whole is offered."""
+
+import os
+
+import pytest
+
+from dbkit import ConvertConfig, PreviewConfig, open_workspace, saved_models, train
+from dbkit.forms import form
+
+
+@pytest.fixture
+def workspace(settings):
+    """A workspace with a run that saved steps 1 and 2, with previews, and ended."""
+    opened = open_workspace()
+    run = {"output_dir": opened.path / "runs" / "thing", "auto_test_model": True, "save_model_every_n_steps": 1}
+    train(**{**settings, **run})
+    return opened
+
+
+def test_each_whole_step_is_listed_with_its_preview_and_its_loss(workspace):
+    run = workspace.path / "runs" / "thing"
+
+    found = saved_models(workspace).models
+
+    assert [(m.folder, m.step) for m in found] == [
+        (run / "checkpoints" / "step_000001", 1),
+        (run / "model", 2),
+    ]
+    assert [m.preview for m in found] == [run / "previews" / f"step_{m.step:06d}.png" for m in found]
+    assert found[0].loss != found[1].loss > 0 and not any(m.is_lora for m in found)
+    assert all(m.size > 1e6 for m in found)
+
+
+def test_what_is_damaged_is_not_offered(workspace):
+    weights = workspace.path / "runs" / "thing" / "checkpoints" / "step_000001" / "unet"
+    with next(weights.glob("*.safetensors")).open("ab") as file:
+        file.write(b"more")
+
+    assert [model.step for model in saved_models(workspace).models] == [2]
+
+
+def test_it_shows_itself_as_lines_and_as_pictures(workspace):
+    (workspace.path / "runs" / "thing" / "previews" / "step_000001.png").write_bytes(b"no picture")
+    models = saved_models(workspace)
+
+    assert str(models).splitlines()[0] == f"2 models in {workspace.path / 'runs'}"
+    assert "runs/thing/checkpoints/step_000001: step 1, " in str(models)
+    shown = models._repr_html_()
+    assert shown.count("<code>runs/thing/") == 2 and shown.count("data:image/jpeg;base64,") == 1
+
+
+def test_the_newest_run_comes_first_and_an_empty_workspace_says_so(workspace, settings, tmp_path):
+    older = workspace.path / "runs" / "a"
+    train(**{**settings, "output_dir": older})
+    os.utime(older / "log.jsonl", (1, 1))
+
+    assert list(dict.fromkeys(model.run for model in saved_models(workspace).models)) == ["thing", "a"]
+    assert "There is no finished model" in saved_models(open_workspace(tmp_path / "empty"))._repr_html_()
+
+
+def test_a_lora_is_named_and_offered_where_it_can_be_used(workspace, settings):
+    train(**{**settings, "output_dir": workspace.path / "runs" / "small", "adapter": "lora"})
+
+    assert [m.run for m in saved_models(workspace).models if m.is_lora] == ["small"]
+    assert "runs/small/model" in form(PreviewConfig, workspace)._inputs["model"].options
+    export = form(ConvertConfig, workspace, "export")._inputs["source"]
+    assert export.options == ("runs/thing/checkpoints/step_000001", "runs/thing/model")
+    assert not form(ConvertConfig, workspace, "convert")._inputs["source"].options
