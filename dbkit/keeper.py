@@ -30,6 +30,8 @@ from dbkit.train_config import TrainConfig
 # Seconds that the end of a run waits for copies of which nothing moves; after a stop or a mistake, when somebody waits,
 # what is not copied by then is copied by the next session.
 PATIENCE, PATIENCE_AFTER_STOP = 120.0, 20.0
+# How often, in seconds, home is asked for a file that stops the run.
+LOOK_EVERY = 5.0
 
 
 class Keeper:
@@ -64,7 +66,7 @@ class Keeper:
 
     def _watch_home(self) -> None:
         # In a thread of its own, since a Drive that hangs must hold up neither training nor copies.
-        while not self.closed.wait(5):
+        while not self.closed.wait(LOOK_EVERY):
             with contextlib.suppress(OSError):
                 self.stop_at_home = self.stop_at_home or (self.home / STOP).exists()
 

@@ -124,6 +124,19 @@ def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
     assert_equal(state_of(run), state_of(straight.parent))
 
 
+def test_a_stop_file_at_home_stops_a_run_that_works_elsewhere(settings, tmp_path, monkeypatch):
+    """As one would put it on Google Drive from a telephone."""
+    monkeypatch.setattr(keeper, "LOOK_EVERY", 0.01)
+    home = settings["output_dir"]
+    config = {**settings, "local_dir": tmp_path / "fast", "max_train_steps": 1000}
+    with at_unet_pass(2, (home / "STOP").touch), pytest.raises(KeyboardInterrupt, match="stopped after step"):
+        train(**config)
+    state, _ = newest_valid(home / "resume")
+    assert 2 <= state.step < 1000
+    train(**{**config, "max_train_steps": state.step + 1})
+    assert not (home / "STOP").exists() and read_weights(home / "model", "unet")
+
+
 def test_a_full_disk_before_the_first_step_is_refused_with_what_takes_less(config, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**7))
     with pytest.raises(DbkitError, match=r"this run needs .* 10.0 MB are free; .* space .*; resume_state small or"):
