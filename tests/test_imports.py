@@ -13,11 +13,12 @@ PACKAGE = Path(dbkit.__file__).parent
 
 # A module imports only from those before it.
 LISTED = """
-    errors files embedded settings train_config config workspace draws images captions buckets order augment concepts
-    libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
-    captioning examples models sampling class_images cache losses checkpoint copies mirror trackers log run_folder
-    status resume saves optimizers receipts lora ema state keeper auto preview evaluate hub planning train keys
-    tensor_files families layouts original_config stored_models convert demo suggestions forms editor cli
+    errors files embedded settings train_config config workspace draws images captions buckets order augment
+    concepts libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits
+    captioners captioning examples models sampling class_images cache losses checkpoint copies mirror trackers log
+    run_folder status resume saves optimizers receipts keys families lora_files lora ema state keeper auto preview
+    evaluate hub planning train tensor_files layouts original_config stored_models convert extract demo suggestions
+    forms editor cli
 """
 ORDER = LISTED.split()
 

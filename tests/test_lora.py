@@ -23,16 +23,15 @@ from dbkit.cli import main
 from dbkit.lora import (
     add_lora,
     find_source,
-    kohya_name,
     load_lora,
     load_source,
     lora_file,
     lora_layers,
     merge_lora,
     noted_source,
-    read_lora,
     save_lora,
 )
+from dbkit.lora_files import kohya_name, read_lora
 from dbkit.models import load_models, model_facts, read_weights, save_models
 from dbkit.settings import replace
 
