@@ -1,8 +1,8 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
 Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
-came of it, merge() puts a LoRA into its model, and status() tells how far a run is. Each takes its settings object, or
-the settings by name. Heavy libraries are imported when a function is called.
+came of it, merge() puts a LoRA into its model and extract_lora() takes one out, and status() tells how far a run is.
+Each takes its settings object, or the settings by name. Heavy libraries are imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -12,6 +12,7 @@ from dbkit.config import (
     ClassImagesConfig,
     ConvertConfig,
     EvaluateConfig,
+    ExtractLoraConfig,
     IdentifierConfig,
     MergeConfig,
     PrepareConfig,
@@ -23,6 +24,7 @@ from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
 from dbkit.evaluate import evaluate
+from dbkit.extract import extract_lora
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
 from dbkit.preview import preview
@@ -37,6 +39,7 @@ __all__ = [
     "ConvertConfig",
     "DbkitError",
     "EvaluateConfig",
+    "ExtractLoraConfig",
     "IdentifierConfig",
     "MergeConfig",
     "PrepareConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "convert",
     "describe_machine",
     "evaluate",
+    "extract_lora",
     "generate_class_images",
     "merge",
     "open_workspace",
