@@ -206,6 +206,7 @@ def _summary(difference: _Difference, config: ExtractLoraConfig) -> str:
         lines.append(
             f"left out, {left / everything:.1%} of all: {', '.join(counted(n, kind) for kind, n in kinds.items())}; "
             f"most in {some(names, 3)}"
+            + ("" if config.lora_modules == "all" else "; lora_modules all takes convolutions too")
         )
     return "\n".join(lines)
 

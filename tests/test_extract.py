@@ -105,8 +105,10 @@ def test_a_merged_lora_comes_back(model, merged, lora, tmp_path, capsys, choice,
     said = capsys.readouterr().out
     if choice == "all":
         assert "rank 4 keeps 100.0% of the difference in 290 layers, 100.0% of all\nthe U-Net's output" in said
+        assert "left out" not in said
     else:
         assert f"rank 4 keeps 100.0% of the difference in {count} layers, " in said and "100.0% of all" not in said
+        assert "; lora_modules all takes convolutions too\n" in said
         assert "convolutions, " in said and "most in unet " in said
 
 
@@ -164,13 +166,13 @@ def test_the_base_and_the_prompt_are_those_of_the_run(run, tmp_path, capsys):
 def test_a_text_encoder_that_was_not_trained_is_left_out_though_it_was_rounded(run, tmp_path):
     """The run's model is fp16 and its base may be fp32: both are the same where nothing was trained."""
     models = load_models(embedded.MODEL)
-    save_models(models, tmp_path / "base", "fp32")
-    changed = load_models(embedded.MODEL)
-    layer = changed.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
     with torch.no_grad():
-        layer.weight += 0.1 * random(*layer.weight.shape)
-        models.text_encoder.get_input_embeddings().weight *= 1.0001
-    save_models(changed, tmp_path / "changed", "fp16")
+        for weight in [*models.unet.parameters(), *models.text_encoder.parameters()]:
+            weight *= 1.0001
+        save_models(models, tmp_path / "base", "fp32")
+        layer = models.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        layer.weight += random(*layer.weight.shape)
+    save_models(models, tmp_path / "changed", "fp16")
     path = extract_lora(
         tmp_path / "changed", tmp_path / "a.safetensors", pretrained_model_name_or_path=str(tmp_path / "base")
     )

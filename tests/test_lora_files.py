@@ -168,11 +168,14 @@ def picture(lora) -> np.ndarray:
     )
 
 
-def test_what_diffusers_loaded_and_saved_again_is_the_same_lora(by_diffusers, tmp_path):
-    """Its note then names modules with a ^ before them."""
-    convert(by_diffusers, tmp_path / "kohya.safetensors")
+@pytest.mark.parametrize("alphas", [True, False])
+def test_what_diffusers_loaded_and_saved_again_is_the_same_lora(by_diffusers, tmp_path, alphas):
+    """Where ranks differ and no alpha is said, its note then names modules with a ^ before them."""
+    source = convert(by_diffusers, tmp_path / "source.safetensors")
+    if not alphas:
+        source = write(tmp_path / "source.safetensors", load_file(by_diffusers))
     pipeline = StableDiffusionPipeline.from_pretrained(embedded.MODEL)
-    pipeline.load_lora_weights(tmp_path, weight_name="kohya.safetensors", adapter_name="it")
+    pipeline.load_lora_weights(tmp_path, weight_name=source.name, adapter_name="it")
     saved = {}
     for part in ("unet", "text_encoder"):
         module = getattr(pipeline, part)
@@ -183,7 +186,9 @@ def test_what_diffusers_loaded_and_saved_again_is_the_same_lora(by_diffusers, tm
         }
     StableDiffusionPipeline.save_lora_weights(tmp_path / "again", **saved)
     again = tmp_path / "again" / "pytorch_lora_weights.safetensors"
-    assert_same_lora(by_diffusers, again)
+    assert_same_lora(source, again)
+    patterns = json.loads(metadata_of(again)[NOTE])["unet.alpha_pattern"]
+    assert patterns and any(name.startswith("^") for name in patterns) != alphas
 
 
 def test_the_names_of_transformers_5_and_the_old_ones_of_diffusers_are_read_too(tmp_path):
