@@ -1,9 +1,9 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
 Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
-came of it, merge() puts a LoRA into its model, status() tells how far a run is, and saved_models() what there is to
-export. Each takes its settings object, or the settings by name. Heavy libraries are imported when a function is
-called.
+came of it, merge() puts a LoRA into its model and extract_lora() takes one out, status() tells how far a run is, and
+saved_models() what there is to export. Each takes its settings object, or the settings by name. Heavy libraries are
+imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -13,6 +13,7 @@ from dbkit.config import (
     ClassImagesConfig,
     ConvertConfig,
     EvaluateConfig,
+    ExtractLoraConfig,
     IdentifierConfig,
     MergeConfig,
     PrepareConfig,
@@ -24,6 +25,7 @@ from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
 from dbkit.errors import DbkitError
 from dbkit.evaluate import evaluate
+from dbkit.extract import extract_lora
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
 from dbkit.preview import preview
@@ -39,6 +41,7 @@ __all__ = [
     "ConvertConfig",
     "DbkitError",
     "EvaluateConfig",
+    "ExtractLoraConfig",
     "IdentifierConfig",
     "MergeConfig",
     "PrepareConfig",
@@ -52,6 +55,7 @@ __all__ = [
     "convert",
     "describe_machine",
     "evaluate",
+    "extract_lora",
     "generate_class_images",
     "merge",
     "open_workspace",

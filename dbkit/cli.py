@@ -27,6 +27,7 @@ _FUNCTIONS = {
     "preview": ("dbkit.preview", "preview"),
     "evaluate": ("dbkit.evaluate", "evaluate"),
     "merge": ("dbkit.lora", "merge"),
+    "extract-lora": ("dbkit.extract", "extract_lora"),
     "convert": ("dbkit.convert", "convert"),
     "status": ("dbkit.status", "status"),
     "demo": ("dbkit.demo", "demo"),

@@ -238,10 +238,18 @@ class EvaluateConfig(Settings):
 
 @dataclass(frozen=True)
 class ConvertConfig(Settings):
-    """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file that user interfaces load."""
+    """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file that user interfaces load; or rename a LoRA's layers."""
 
-    source: Path = setting(..., "a .safetensors or .ckpt file, or a diffusers folder", positional=True)
-    destination: Path = setting(..., "the folder to make, or the .safetensors or .ckpt file", positional=True)
+    source: Path = setting(
+        ...,
+        "a .safetensors or .ckpt file, or a diffusers folder; or the .safetensors file of a LoRA, under kohya's names or diffusers'",
+        positional=True,
+    )
+    destination: Path = setting(
+        ...,
+        "the folder to make, or the .safetensors or .ckpt file; of a LoRA a .safetensors file, under the other names",
+        positional=True,
+    )
     save_precision: Literal["fp16", "bf16", "fp32"] | None = setting(
         None,
         "precision of the weights on disk; fp16 is half the size of fp32 and makes the same pictures; empty: as it is (the models that train saves are fp16)",
@@ -309,6 +317,32 @@ class MergeConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ExtractLoraConfig(Settings):
+    """Take the LoRA nearest to what a training changed out of a whole model: a small file that goes with the base."""
+
+    model: Path = setting(
+        ..., "the trained model: a run's model/, one of its checkpoints/, or a diffusers folder", positional=True
+    )
+    destination: Path = setting(..., "the .safetensors file to make", positional=True)
+    overwrite: bool = setting(False, "replace the destination if it exists")
+    pretrained_model_name_or_path: str | None = setting(
+        None,
+        "the model that it was trained from: a diffusers folder or a Hugging Face id; empty: that of the run's settings.yaml",
+    )
+    rank: int = setting(
+        32, "size of the LoRA: a higher rank keeps more of the difference in a larger file", min=1, max=1024
+    )
+    lora_modules: Literal["attention", "transformer", "all"] = setting(
+        "transformer",
+        "which layers get an adapter: those of attention, all of the transformer blocks, or these and the convolutions",
+        advanced=True,
+    )
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting(
+        "fp16", "precision of the weights on disk; what they are taken from is computed in fp32", advanced=True
+    )
+
+
+@dataclass(frozen=True)
 class StatusConfig(Settings):
     """Say how far a run is and what of it is safe, from its files alone, while it trains or later."""
 
@@ -337,6 +371,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "preview": PreviewConfig,
     "evaluate": EvaluateConfig,
     "merge": MergeConfig,
+    "extract-lora": ExtractLoraConfig,
     "convert": ConvertConfig,
     "status": StatusConfig,
     "demo": DemoConfig,

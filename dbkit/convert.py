@@ -13,17 +13,29 @@ from typing import TYPE_CHECKING
 from dbkit.config import ConvertConfig
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError, counted, some
+from dbkit.families import is_lora
 from dbkit.files import full_disk_is_a_sentence, require_space, share, sync, whole_file, write_text
 from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
+from dbkit.lora_files import convert_lora
 from dbkit.models import WEIGHTS, Models, require_replaceable, save_all_but_weights
 from dbkit.original_config import config_beside, original_config, require_replaceable_config
 from dbkit.proof import prove, table
 from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
 from dbkit.settings import configured_by, replace
 from dbkit.stored_models import METADATA, StoredModel, empty_modules, read_file, read_folder
-from dbkit.tensor_files import SAFETENSORS, Stored, damage, is_finite, read_back, same, write_ckpt, write_safetensors
+from dbkit.tensor_files import (
+    SAFETENSORS,
+    Stored,
+    damage,
+    is_finite,
+    open_tensors,
+    read_back,
+    same,
+    write_ckpt,
+    write_safetensors,
+)
 from dbkit.tokenizer import SD2_PAD, load_tokenizer, load_tokenizer_tables
 
 if TYPE_CHECKING:
@@ -34,7 +46,8 @@ _FILES = (SAFETENSORS, ".ckpt")
 
 @configured_by(ConvertConfig)
 def convert(config: ConvertConfig) -> Path:
-    """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file; returns what was made.
+    """Turn an original Stable Diffusion file into a diffusers folder, a folder into a file, or a LoRA file into the
+    other of its two forms (kohya's and diffusers' names); returns what was made.
 
     The direction follows from the source. Before what was written takes its final name it is read back, by the
     libraries' own readers and by dbkit's, and compared with the source: tensor by tensor, and by what both compute from
@@ -45,6 +58,8 @@ def convert(config: ConvertConfig) -> Path:
         return _to_file(config)
     if not config.source.is_file():
         raise DbkitError(f"there is no file or folder {config.source}; check the path")
+    if config.source.suffix.lower() == SAFETENSORS and is_lora(open_tensors(config.source)[0]):
+        return convert_lora(config)
     return _to_folder(config)
 
 

@@ -23,8 +23,9 @@ from dbkit.libraries import choose_device, choose_dtype, hub_options, loading
 from dbkit.lora import Source, find_source, load_source
 from dbkit.models import check_resolution, model_facts
 from dbkit.preview import Preview, labelled_grid
+from dbkit.run_folder import run_settings
 from dbkit.sampling import Shot, place, sample
-from dbkit.settings import configured_by, read_yaml, replace
+from dbkit.settings import configured_by, replace
 from dbkit.tokenizer import clip_tokenizer
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     facts = model_facts(trained.pretrained_model_name_or_path)
     if facts is None:
         raise DbkitError(f"there is no model folder {config.model}; give a run's model/ or one of its checkpoints")
-    run = _run_settings(config.model)
+    run = run_settings(config.model)
     config = _completed(config, run)
     model_facts(config.pretrained_model_name_or_path)
     side = config.resolution or facts.resolution
@@ -118,12 +119,6 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     base, model = (_measure(drawn, instance, texts, clip, dino) for drawn in pictures)
     _save_grid(output, prompts, pictures, config)
     return Evaluation(base, model, output)
-
-
-def _run_settings(model: Path) -> dict[str, Any]:
-    """The settings of the run that a model or a checkpoint lies in; none for a model from elsewhere."""
-    paths = (folder / "settings.yaml" for folder in model.absolute().parents[:2])
-    return next((read_yaml(path) for path in paths if path.is_file()), {})
 
 
 def _completed(config: EvaluateConfig, run: dict[str, Any]) -> EvaluateConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from dbkit import keys
 from dbkit.errors import DbkitError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     Shapes = Mapping[str, tuple[int, ...]]
 
@@ -38,8 +39,8 @@ def find_family(shapes: Shapes, source: Path, without_vae: bool = False) -> Fami
         return any(name.startswith(prefix) for name in shapes)
 
     unet = keys.PREFIXES["unet"]
-    if has("lora_") or any(".lora_" in name for name in shapes):
-        fault = "is a LoRA, not a whole model"
+    if is_lora(shapes):
+        fault = "is a LoRA, which is read from a .safetensors file only"
     elif has("conditioner.embedders."):
         fault = "is a Stable Diffusion XL model"
     elif not has(unet + "input_blocks."):
@@ -52,7 +53,7 @@ def find_family(shapes: Shapes, source: Path, without_vae: bool = False) -> Fami
         channels = shapes.get(unet + "input_blocks.0.0.weight", (0, 4))[1]
         latents = shapes.get(keys.PREFIXES["vae"] + "post_quant_conv.weight", (4,))[0]
         if channels in (latents, 2 * latents + 1):
-            return Family(_is_sd2(shapes), inpaints=channels != latents)
+            return Family(is_sd2(shapes), inpaints=channels != latents)
         fault = f"has {channels} input channels, neither those of a plain model nor of one that inpaints"
     raise DbkitError(f"{source} {fault}; dbkit converts whole Stable Diffusion 1 and 2 models, so take one of those")
 
@@ -62,11 +63,18 @@ def _lacking(shapes: Shapes) -> list[str]:
     return [part for part, prefix in prefixes.items() if not any(name.startswith(prefix) for name in shapes)]
 
 
-def _is_sd2(shapes: Shapes) -> bool:
+def is_lora(names: Iterable[str]) -> bool:
+    """Whether these names of tensors are a LoRA's, of whatever spelling and kind."""
+    return any(re.match(r"lora_|.*[._]lora[._]", name) for name in names)
+
+
+def is_sd2(shapes: Shapes) -> bool:
+    """Whether tensors under original names or diffusers' are of Stable Diffusion 2; a few of them are enough."""
+    wide = (".attn2.to_k.weight", ".self_attn.q_proj.weight")
     return (
         any(name.startswith(keys.OPEN_CLIP) for name in shapes)
         or any(len(shape) == 2 for name, shape in shapes.items() if name.endswith(".proj_in.weight"))
-        or any(shape[1:] == (1024,) for name, shape in shapes.items() if name.endswith(".attn2.to_k.weight"))
+        or any(shape[1:] == (1024,) for name, shape in shapes.items() if name.endswith(wide))
     )
 
 

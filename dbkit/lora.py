@@ -1,5 +1,4 @@
-"""LoRA (arXiv:2106.09685): small adapters beside frozen layers, trained, saved as the file that user interfaces load,
-loaded, and merged.
+"""LoRA (arXiv:2106.09685): small adapters beside frozen layers, trained, saved, loaded, and merged.
 
 A layer with weight W computes (W + alpha / rank * up @ down) x. Layers have kohya's names, which every client knows.
 """
@@ -7,11 +6,9 @@ A layer with weight W computes (W + alpha / rank * up @ down) x. Layers have koh
 from __future__ import annotations
 
 import json
-import math
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from dbkit import draws
 from dbkit.checkpoint import commit
@@ -20,9 +17,9 @@ from dbkit.embedded import NAME, local_folder
 from dbkit.errors import DbkitError, some
 from dbkit.files import safe_name, write_text
 from dbkit.libraries import quiet
+from dbkit.lora_files import PREFIXES, Adapter, has_adapter, kohya_metadata, kohya_name, read_lora
 from dbkit.models import (
     LORA_BASE,
-    TEXT_PREFIX,
     Models,
     fingerprint,
     load_base,
@@ -31,36 +28,14 @@ from dbkit.models import (
     save_models,
     save_tensors,
 )
-from dbkit.receipts import architecture, model_spec
 from dbkit.settings import coerce, configured_by, field_type, is_path, plain
-from dbkit.tensor_files import is_finite
 from dbkit.text import encode_prompts, tokenize
 
 if TYPE_CHECKING:
     import torch
 
-# What layers' names end in, by part; each choice of lora_modules takes those of the choices before it too.
-_MODULES = {
-    "unet": {
-        "attention": ("to_q", "to_k", "to_v", "to_out.0"),
-        "transformer": ("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
-        "all": ("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
-    },
-    "text_encoder": {"attention": ("q_proj", "k_proj", "v_proj", "out_proj"), "transformer": ("fc1", "fc2"), "all": ()},
-}
 # Settings that are a folder of this machine or a Hugging Face id.
 _NAMES = ("pretrained_model_name_or_path", "pretrained_vae_name_or_path", "tokenizer_name")
-_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-# kohya's, PEFT's and both of diffusers' older spellings: X.lora_down, X.lora_A, X.lora.down, X.lora_linear_layer.down.
-_WEIGHT = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight")
-
-
-class Adapter(NamedTuple):
-    """The matrices of one layer: down of shape (rank, in, ...) and up of shape (out, rank, ...)."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
 
 
 @dataclass(frozen=True)
@@ -98,11 +73,9 @@ def add_lora(models: Models, config: TrainConfig) -> dict[str, torch.nn.ModuleDi
     import torch
 
     parts = ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
-    choices = ("attention", "transformer", "all")
     for part in parts:
         module = getattr(models, part).requires_grad_(False)
-        endings = [e for choice in choices[: choices.index(config.lora_modules) + 1] for e in _MODULES[part][choice]]
-        names = [name for name, _ in module.named_modules() if name.endswith(tuple(f".{ending}" for ending in endings))]
+        names = [name for name, _ in module.named_modules() if has_adapter(part, name, config.lora_modules)]
         alpha = config.lora_alpha or config.lora_rank
         _inject(module, dict.fromkeys(names, config.lora_rank), dict.fromkeys(names, alpha))
     layers = lora_layers(models)
@@ -139,7 +112,7 @@ def lora_layers(models: Models) -> dict[str, torch.nn.ModuleDict]:
     from peft.tuners.lora import LoraLayer
 
     layers = {}
-    for part in _PREFIXES:
+    for part in PREFIXES:
         found = {name: layer for name, layer in getattr(models, part).named_modules() if isinstance(layer, LoraLayer)}
         if found:
             layers[part] = torch.nn.ModuleDict(
@@ -151,13 +124,6 @@ def lora_layers(models: Models) -> dict[str, torch.nn.ModuleDict]:
                 }
             )
     return layers
-
-
-def kohya_name(part: str, name: str) -> str:
-    """A layer's name in LoRA files; versions of transformers differ in the text encoder's prefix."""
-    if part == "text_encoder":
-        name = TEXT_PREFIX + name.removeprefix(TEXT_PREFIX)
-    return _PREFIXES[part] + name.replace(".", "_")
 
 
 def save_lora(models: Models, folder: Path, config: TrainConfig, name: str) -> None:
@@ -180,98 +146,30 @@ def save_lora(models: Models, folder: Path, config: TrainConfig, name: str) -> N
 
 
 def _metadata(models: Models, config: TrainConfig, name: str) -> dict[str, str]:
-    """What user interfaces and trainers read of a LoRA. A client hides files that say another version than its model's.
-
-    ss_ names are those of sd-scripts, modelspec those of the Stability AI model metadata standard.
-    """
-    is_sd2 = bool(models.unet.config.use_linear_projection)
+    """What user interfaces read of the LoRA, and the settings of its training."""
     is_v = models.facts.prediction_type == "v_prediction"
-    kind = f"{architecture(is_sd2, is_v)}/lora"
-    facts = {
-        "format": "pt",
-        "ss_output_name": name,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": config.lora_rank,
-        "ss_network_alpha": config.lora_alpha or config.lora_rank,
-        "ss_v2": is_sd2,
-        "ss_base_model_version": f"sd_v{2 if is_sd2 else 1}{'_v' if is_v else ''}",
-        "ss_sd_model_name": _without_folder(config.pretrained_model_name_or_path),
+    more = {
+        "trigger": config.instance_prompt,
+        "ss_sd_model_name": without_folder(config.pretrained_model_name_or_path),
         "ss_seed": config.seed,
-        **model_spec(name, kind, is_v, config.size, config.instance_prompt, implementation="diffusers"),
         "dbkit.train": json.dumps(_shareable(config), ensure_ascii=False),
     }
-    return {key: str(value) for key, value in facts.items() if value is not None}
+    alpha = config.lora_alpha or config.lora_rank
+    is_sd2 = bool(models.unet.config.use_linear_projection)
+    return kohya_metadata(name, config.lora_rank, alpha, is_sd2, is_v, config.size, **more)
 
 
 def _shareable(config: TrainConfig) -> dict[str, Any]:
     """The settings that others may see: no secrets, no paths of this machine."""
     values = {name: value for name, value in plain(config).items() if not is_path(field_type(TrainConfig, name))}
     for name in _NAMES:
-        values[name] = _without_folder(values[name])
+        values[name] = without_folder(values[name])
     return values
 
 
-def _without_folder(name: str | None) -> str | None:
+def without_folder(name: str | None) -> str | None:
+    """A model's id, or the last name of its folder."""
     return Path(name).name if name and Path(name).exists() else name
-
-
-def read_lora(path: Path) -> dict[str, Adapter]:
-    """The adapters of a LoRA file in any spelling, by kohya's names. A missing alpha is the rank, so the scale is 1.
-
-    Raises DbkitError for what is damaged, or other than plain LoRA.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DbkitError(f"{path} is damaged or no .safetensors file ({error}); download or copy it again") from error
-    downs, ups, alphas, others = {}, {}, {}, []
-    for name, tensor in tensors.items():
-        if (match := _WEIGHT.fullmatch(name)) and tensor.ndim > 1 and tensor.numel():
-            (downs if match[2] in ("down", "A") else ups)[_from_any_spelling(match[1])] = tensor.float()
-        elif name.endswith(".alpha") and tensor.numel() == 1:
-            alphas[_from_any_spelling(name.removesuffix(".alpha"))] = float(tensor)
-        else:
-            others.append(name)
-    others += sorted(downs.keys() ^ ups.keys())
-    if others or not downs:
-        raise DbkitError(f"{path} is no plain LoRA{f'; it has {some(others)}' if others else ''}; choose another file")
-    adapters = {
-        name: Adapter(down, ups[name], alphas.get(name, _noted_alpha(noted, name, len(down))))
-        for name, down in downs.items()
-    }
-    odd = [name for name, (down, up, alpha) in adapters.items() if not _finite(down, up, alpha)]
-    if odd:
-        raise DbkitError(f"{path} has weights that are not numbers ({some(odd)}); choose another file")
-    return adapters
-
-
-def _finite(down: torch.Tensor, up: torch.Tensor, alpha: float) -> bool:
-    return is_finite(down) and is_finite(up) and math.isfinite(alpha)
-
-
-def _from_any_spelling(name: str) -> str:
-    """kohya's name for a layer, from its own or from diffusers' unet.X and text_encoder.X."""
-    part, _, layer = name.partition(".")
-    if part not in _PREFIXES:
-        return name
-    layer = layer.replace(".processor.", ".")
-    return kohya_name(part, layer + ".0" if layer.endswith(".to_out") else layer)
-
-
-def _noted_alpha(noted: dict[str, Any], name: str, rank: int) -> float:
-    """The alpha of a layer by the metadata of files that diffusers wrote, else its rank."""
-    part = next((part for part, prefix in _PREFIXES.items() if name.startswith(prefix)), "")
-    try:
-        alphas = noted.get(f"{part}.alpha_pattern") or {}
-        fitting = [alpha for pattern, alpha in alphas.items() if name.endswith("_" + pattern.replace(".", "_"))]
-        return float(fitting[0] if fitting else noted.get(f"{part}.lora_alpha", rank))
-    except (AttributeError, TypeError, ValueError):
-        return math.nan
 
 
 def _fitted(models: Models, path: Path) -> list[tuple[str, str, torch.nn.Module, Adapter]]:
@@ -280,7 +178,7 @@ def _fitted(models: Models, path: Path) -> list[tuple[str, str, torch.nn.Module,
 
     there = {
         kohya_name(part, name): (part, name, layer)
-        for part in _PREFIXES
+        for part in PREFIXES
         for name, layer in getattr(models, part).named_modules()
         if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))
     }
@@ -309,7 +207,7 @@ def load_lora(models: Models, path: Path, scale: float = 1.0) -> None:
     import torch
 
     fitted = _fitted(models, path)
-    for part in _PREFIXES:
+    for part in PREFIXES:
         own = {name: adapter for of, name, _, adapter in fitted if of == part}
         if not own:
             continue
@@ -329,7 +227,7 @@ def merge_lora(models: Models, path: Path, scale: float = 1.0) -> None:
 
     with torch.no_grad():
         for _, _, layer, (down, up, alpha) in _fitted(models, path):
-            change = up.flatten(1) @ down.flatten(1)
+            change = up.flatten(1).float() @ down.flatten(1).float()
             layer.weight += scale * alpha / len(down) * change.reshape(layer.weight.shape)
 
 
@@ -416,10 +314,10 @@ def merge(config: MergeConfig) -> Path:
     model_facts(source.pretrained_model_name_or_path)
     models = load_base(source)
     load_lora(models, source.lora, config.scale)
-    expected = _probe(models)
+    expected = probe(models)
     models = load_base(source)
     merge_lora(models, source.lora, config.scale)
-    error = float((_probe(models) - expected).abs().max() / expected.abs().max())
+    error = float((probe(models) - expected).abs().max() / expected.abs().max())
     if not error < 1e-3:
         raise DbkitError(
             f"the merged model differs from the base with its LoRA by {error:.1e} of its output, and nothing was "
@@ -431,7 +329,7 @@ def merge(config: MergeConfig) -> Path:
     return config.destination
 
 
-def _probe(models: Models) -> torch.Tensor:
+def probe(models: Models) -> torch.Tensor:
     """What the U-Net finds in fixed noise under a fixed prompt."""
     import torch
 

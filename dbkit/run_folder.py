@@ -10,6 +10,7 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbkit.checkpoint import MANIFEST, by_step, find_fault, read_manifest
 from dbkit.errors import DbkitError
@@ -211,6 +212,12 @@ def total_steps(folder: Path) -> int | None:
     except (DbkitError, OSError):
         return None
     return total if isinstance(total, int) and total > 0 else None
+
+
+def run_settings(model: Path) -> dict[str, Any]:
+    """The settings of the run that a model or a checkpoint lies in; none for a model from elsewhere."""
+    paths = (folder / "settings.yaml" for folder in model.absolute().parents[:2])
+    return next((read_yaml(path) for path in paths if path.is_file()), {})
 
 
 def finite(value: object) -> bool:

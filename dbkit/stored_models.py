@@ -44,12 +44,7 @@ def read_folder(config: ConvertConfig) -> StoredModel:
     """A diffusers folder as a model. Raises DbkitError unless its settings and tensors fit each other exactly."""
     source = config.source
     model_facts(source)
-    weights: Parts = {}
-    for part in keys.PREFIXES:
-        found: dict[str, Stored] = {}
-        for path in weight_files(source / part):
-            found |= open_tensors(path)[0]
-        weights[part] = modern_names(part, found)
+    weights = {part: stored_weights(source, part) for part in keys.PREFIXES}
     family = find_family(original_shapes(weights), source)
     configs = {part: read_config(source, part) for part in _PARTS_WITH_SETTINGS}
     vocabulary, merges = tokenizer_tables(source / "tokenizer")
@@ -68,6 +63,14 @@ def read_folder(config: ConvertConfig) -> StoredModel:
     model = StoredModel(family, weights, configs, None if usual else {"vocab": vocabulary, "merges": merges})
     empty_modules(model, source)
     return model
+
+
+def stored_weights(folder: Path, part: str) -> dict[str, Stored]:
+    """The tensors of one part of a diffusers folder."""
+    found: dict[str, Stored] = {}
+    for path in weight_files(folder / part):
+        found |= open_tensors(path)[0]
+    return modern_names(part, found)
 
 
 def read_file(config: ConvertConfig, suffix: str = "") -> StoredModel:

@@ -437,8 +437,6 @@ WHOLE = {
             "is a Stable Diffusion XL model",
         ),
         ({**WHOLE, UNET + "input_blocks.0.0.weight": torch.zeros(8, 5, 3, 3)}, "has 5 input channels, neither"),
-        ({"lora_unet_down_blocks_0.lora_down.weight": ZERO}, "is a LoRA, not a whole model"),
-        ({"unet.down_blocks.0.to_q.lora_A.weight": ZERO}, "is a LoRA, not a whole model"),
         ({"down_blocks.0.resnets.0.conv1.weight": ZERO, "conv_in.weight": ZERO}, "holds one part of a model"),
         (UNET_ONLY, "lacks its vae and its text_encoder"),
         ({**UNET_ONLY, VAE + "encoder.conv_in.weight": ZERO}, "lacks its text_encoder"),
@@ -457,6 +455,13 @@ def test_other_kinds_of_files_are_refused_by_their_kind(tmp_path, tensors, famil
     with pytest.raises(DbkitError, match=expected):
         convert(path, tmp_path / "back")
     assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name", ["lora_unet_down_blocks_0.lora_down.weight", "unet.down_blocks.0.to_q_lora.up.weight"])
+def test_a_lora_in_a_pickle_is_refused_as_what_it_is(tmp_path, name):
+    torch.save({name: ZERO}, tmp_path / "lora.ckpt")
+    with pytest.raises(DbkitError, match=r"lora.ckpt is a LoRA, which is read from a .safetensors file only; dbkit"):
+        convert(tmp_path / "lora.ckpt", tmp_path / "back")
 
 
 def test_a_text_encoder_that_user_interfaces_compute_differently_is_refused(copied, tmp_path):

@@ -23,16 +23,15 @@ from dbkit.cli import main
 from dbkit.lora import (
     add_lora,
     find_source,
-    kohya_name,
     load_lora,
     load_source,
     lora_file,
     lora_layers,
     merge_lora,
     noted_source,
-    read_lora,
     save_lora,
 )
+from dbkit.lora_files import kohya_name, read_lora
 from dbkit.models import load_models, model_facts, read_weights, save_models
 from dbkit.settings import replace
 
@@ -569,10 +568,15 @@ def test_a_lora_draws_the_same_wherever_it_is_loaded(embedded_run, tmp_path):
         assert np.abs(pixels(*made) - live).max() <= 1
 
 
-def test_diffusers_draws_the_same_from_the_file(embedded_run):
+@pytest.mark.parametrize("names", ["kohya", "diffusers"])
+def test_diffusers_draws_the_same_from_the_file(embedded_run, tmp_path, names):
+    file = lora_file(embedded_run / "model")
+    if names == "diffusers":
+        file = convert(file, tmp_path / "converted.safetensors")
+        assert all(name.startswith(("unet.", "text_encoder.")) for name in load_file(file))
     pipeline = StableDiffusionPipeline.from_pretrained(embedded.MODEL)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.load_lora_weights(embedded_run / "model", weight_name="poodle.safetensors")
+    pipeline.load_lora_weights(file.parent, weight_name=file.name)
     side = pipeline.unet.config.sample_size
     noise = draws.generator(42, "preview").standard_normal((1, 4, side, side))
     picture = pipeline(
