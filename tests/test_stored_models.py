@@ -163,7 +163,7 @@ def test_what_dbkit_writes_says_what_it_predicts_by_its_metadata_and_by_its_yaml
 def test_statements_that_differ_are_an_error_until_the_user_decides(sd2_v_model, tmp_path):
     made = convert(sd2_v_model, tmp_path / "made.safetensors")
     made.with_suffix(".yaml").write_text("model: {params: {timesteps: 1000}}\n")
-    expected = r"predicts v_prediction by the settings in it and epsilon by .*made\.yaml; set prediction_type to the"
+    expected = r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to the"
     with pytest.raises(DbkitError, match=expected):
         predicts(made)
     assert predicts(made, prediction_type="epsilon") == "epsilon"
