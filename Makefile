@@ -8,7 +8,7 @@ WORKSPACE_OF_TESTS := $(VENV)/workspace
 # The models of the tests are so small that one thread is fastest.
 unit notebooks: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint unit notebooks soak docs wheel clean
+.PHONY: demo test lint unit notebooks soak convert-check docs wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
 	$(BIN)/dbkit demo
@@ -33,6 +33,10 @@ notebooks: $(READY)
 
 soak: $(READY)  ## kill a training at 60 random moments; DBKIT_SEED chooses others
 	DBKIT_KILLS=60 $(BIN)/python -m pytest tests/test_kill.py
+
+# OPTIONS='--width small' takes seconds; benchmarks/convert.py --help lists all.
+convert-check: $(READY)  ## prove conversion on full-size models, beside diffusers' own: 10 GB of disk, minutes
+	$(BIN)/python benchmarks/convert.py $(OPTIONS)
 
 docs: $(READY)  ## write docs/settings.md from the settings classes
 	$(BIN)/python docs/settings_page.py

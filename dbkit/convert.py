@@ -181,6 +181,8 @@ class _Writer:
         self.bar.close()
 
     def _cast(self, name: str, tensor: Stored) -> Stored:
+        import torch
+
         if not tensor.dtype.is_floating_point:
             return tensor
         dtype = self.dtype or tensor.dtype
