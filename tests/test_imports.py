@@ -17,7 +17,7 @@ LISTED = """
     libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits captioners
     captioning examples models sampling class_images cache losses checkpoint copies mirror trackers log run_folder
     status resume saves optimizers receipts lora ema state keeper auto preview evaluate hub planning train keys
-    tensor_files families layouts original_config stored_models convert demo suggestions forms editor cli
+    tensor_files families layouts original_config downloads stored_models convert demo suggestions forms editor cli
 """
 ORDER = LISTED.split()
 

@@ -278,7 +278,7 @@ def test_a_file_without_a_vae_gets_one(file, other_vae, tmp_path):
         ("notes.txt", r"notes\.txt is no \.safetensors, \.ckpt or \.pt file; choose one"),
         ("unet.safetensors", r"unet\.safetensors is not a VAE \(conv_in\.bias, .*\); give a file or diffusers folder"),
         ("part.safetensors", r"part\.safetensors is not a whole VAE; it lacks '.+'"),
-        ("nowhere.pt", r"there is no model folder .*nowhere\.pt; check the path"),
+        ("nowhere.pt", r"there is no file or folder .*nowhere\.pt; check the path"),
     ],
 )
 def test_what_is_no_vae_is_said(model, file, other_vae, tmp_path, name, expected):
