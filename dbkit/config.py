@@ -5,6 +5,7 @@ Those of training are in train_config.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -240,9 +241,9 @@ class EvaluateConfig(Settings):
 class ConvertConfig(Settings):
     """Turn an original Stable Diffusion file into a diffusers folder, or a folder into a file that user interfaces load; or rename a LoRA's layers."""
 
-    source: Path = setting(
+    source: str = setting(
         ...,
-        "a .safetensors or .ckpt file, or a diffusers folder; or the .safetensors file of a LoRA, under kohya's names or diffusers'",
+        "a .safetensors or .ckpt file, a diffusers folder, or the .safetensors file of a LoRA (under kohya's names or diffusers'): a path, a Hugging Face id (owner/name, or owner/name/FILE), or the https address of a file",
         positional=True,
     )
     destination: Path = setting(
@@ -261,7 +262,12 @@ class ConvertConfig(Settings):
     )
     pretrained_vae_name_or_path: str | None = setting(
         None,
-        "a VAE that takes the place of the one inside: a .safetensors, .ckpt or .vae.pt file, a diffusers folder or a Hugging Face id",
+        "a VAE that takes the place of the one inside: a .safetensors, .ckpt or .vae.pt file, a diffusers folder, a Hugging Face id or the address of a file",
+        advanced=True,
+    )
+    sha256: str | None = setting(
+        None,
+        "the SHA-256 of the source's file, which is compared; civitai, for instance, shows it under the hashes (what the Hugging Face Hub states of its files is compared anyway)",
         advanced=True,
     )
     extract_ema: bool = setting(
@@ -298,6 +304,12 @@ class ConvertConfig(Settings):
     hub_private: bool = setting(
         True, "only you see the upload; off: everyone sees it", advanced=True, needs="push_to_hub"
     )
+
+    def contradictions(self) -> list[str]:
+        """Sentences about settings that do not go together."""
+        if self.sha256 and not re.fullmatch("[0-9a-fA-F]{64}", self.sha256):
+            return [f"sha256 is {self.sha256!r}; write its 64 digits, which are 0 to 9 and a to f"]
+        return []
 
 
 @dataclass(frozen=True)

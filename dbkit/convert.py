@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbkit.config import ConvertConfig
-from dbkit.embedded import local_folder
+from dbkit.downloads import Place, fetch, find, is_folder
 from dbkit.errors import DbkitError, counted, some
 from dbkit.families import is_lora
 from dbkit.files import full_disk_is_a_sentence, require_space, share, sync, whole_file, write_text
@@ -49,30 +49,37 @@ def convert(config: ConvertConfig) -> Path:
     """Turn an original Stable Diffusion file into a diffusers folder, a folder into a file, or a LoRA file into the
     other of its two forms (kohya's and diffusers' names); returns what was made.
 
-    The direction follows from the source. Before what was written takes its final name it is read back, by the
-    libraries' own readers and by dbkit's, and compared with the source: tensor by tensor, and by what both compute from
-    the same inputs. Raises DbkitError for other families and damaged files.
+    The direction follows from the source, which is downloaded where it is elsewhere. Before what was written takes its
+    final name it is read back, by the libraries' own readers and by dbkit's, and compared with the source: tensor by
+    tensor, and by what both compute from the same inputs. Raises DbkitError for other families and damaged files.
     """
-    config = replace(config, source=local_folder(config.source))
-    if config.source.is_dir():
-        return _to_file(config)
-    if not config.source.is_file():
-        raise DbkitError(f"there is no file or folder {config.source}; check the path")
-    if config.source.suffix.lower() == SAFETENSORS and is_lora(open_tensors(config.source)[0]):
-        return convert_lora(config)
-    return _to_folder(config)
+    place = find(config.source, _FILES)
+    if is_folder(place):
+        return _to_file(config, place)
+    if isinstance(place, Path) or config.destination.suffix.lower() == SAFETENSORS:
+        # Of a file another file is made only where it is a LoRA, which its tensors show.
+        place = fetch(place, _FILES, config.sha256)
+        config = replace(config, source=place, sha256=None)
+        if place.suffix.lower() == SAFETENSORS and is_lora(open_tensors(place)[0]):
+            require_hub(config, config.destination.stem)
+            made = convert_lora(config)
+            upload_files(config, [made])
+            return made
+    return _to_folder(config, place)
 
 
-def _to_file(config: ConvertConfig) -> Path:
-    source, destination = config.source, config.destination
+def _to_file(config: ConvertConfig, place: Place) -> Path:
+    destination = config.destination
     suffix, beside = destination.suffix.lower(), config_beside(destination)
     if suffix not in _FILES:
         raise DbkitError(
-            f"{source} is a folder, so the destination is a file: end {destination} in .safetensors or .ckpt"
+            f"{place} is a folder, so the destination is a file: end {destination} in .safetensors or .ckpt"
         )
     if destination.exists() and not config.overwrite:
         raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
     require_hub(config, destination.stem)
+    source = fetch(place, _FILES, config.sha256)
+    config = replace(config, source=source)
     model = read_folder(config)
     tensors = to_original(model.weights, model.family.is_sd2, model.family.name, source)
     # User interfaces take a model for one that predicts noise, or guess, unless this file tells them.
@@ -91,15 +98,17 @@ def _to_file(config: ConvertConfig) -> Path:
     return destination
 
 
-def _to_folder(config: ConvertConfig) -> Path:
-    source, destination = config.source, config.destination
-    if source.suffix.lower() not in _FILES:
-        raise DbkitError(f"{source} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
+def _to_folder(config: ConvertConfig, place: Place) -> Path:
+    destination = config.destination
+    if isinstance(place, Path) and place.suffix.lower() not in _FILES:
+        raise DbkitError(f"{place} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
     if destination.suffix.lower() in _FILES or destination.is_file():
         raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
     if config.push_to_hub:
         raise DbkitError(f"push_to_hub uploads a file, and {destination} is a folder; leave it out")
-    require_replaceable(destination, config.overwrite, source)
+    require_replaceable(destination, config.overwrite, place if isinstance(place, Path) else destination.parent)
+    source = fetch(place, _FILES, config.sha256)
+    config = replace(config, source=source)
     model = read_file(config)
     modules = empty_modules(model, source)
     everything = {f"{part} {name}": t for part, weights in model.weights.items() for name, t in weights.items()}
@@ -181,7 +190,6 @@ class _Writer:
         self.bar.close()
 
     def _cast(self, name: str, tensor: Stored) -> Stored:
-        import torch
 
         if not tensor.dtype.is_floating_point:
             return tensor

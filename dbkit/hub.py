@@ -15,7 +15,7 @@ from dbkit.checkpoint import MANIFEST
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError, counted, some
 from dbkit.files import size
-from dbkit.libraries import library_errors
+from dbkit.libraries import hub_errors, status_and_reason
 from dbkit.models import LORA_BASE
 from dbkit.settings import read_yaml
 from dbkit.train_config import TrainConfig
@@ -158,18 +158,10 @@ def _no_bars() -> Iterator[None]:
 @contextmanager
 def _hub_errors_are_sentences(name: str, advice: str) -> Iterator[None]:
     """Say in one sentence why the Hub refuses, or that it cannot be reached."""
-    from huggingface_hub.utils import HfHubHTTPError
-
     try:
         yield
-    # Before version 1 the client's connection errors are OSErrors; since then they share a base with its own.
-    except (*library_errors(), *HfHubHTTPError.__bases__) as error:
-        cause: BaseException = error
-        while isinstance(cause, RuntimeError) and cause.__cause__:
-            cause = cause.__cause__  # the client's own says only at which file it was
-        status = getattr(getattr(cause, "response", None), "status_code", None)
-        # Addresses lose their queries, which may be signed.
-        reason = re.sub(r"\?\S+", "", " ".join(str(cause).split()))[:300].rstrip(". ") or type(cause).__name__
+    except hub_errors() as error:
+        status, reason = status_and_reason(error)
         if status == 401:
             raise DbkitError(f"the Hub refuses the Hugging Face token ({reason}); make one at {_TOKENS}") from error
         if status == 403:

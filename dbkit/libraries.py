@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import socket
 import urllib.parse
 import urllib.request
@@ -60,6 +61,23 @@ def library_errors() -> tuple[type[Exception], ...]:
     # transformers 5 reports settings that cannot be by an error of its own; the Hub's are OSErrors and ValueErrors.
     strict = getattr(huggingface_hub.errors, "StrictDataclassError", ValueError)
     return OSError, ValueError, RuntimeError, KeyError, SafetensorError, strict
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What the Hub's client raises where the Hub refuses, or cannot be reached."""
+    from huggingface_hub.utils import HfHubHTTPError
+
+    # Before version 1 the client's connection errors are OSErrors; since then they share a base with its own.
+    return *library_errors(), *HfHubHTTPError.__bases__
+
+
+def status_and_reason(error: BaseException) -> tuple[int | None, str]:
+    """The HTTP status behind an error, if there is one, and what it says in one line."""
+    while isinstance(error, RuntimeError) and error.__cause__:
+        error = error.__cause__  # the client's own says only at which file it was
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    # Addresses lose their queries, which may be signed.
+    return status, re.sub(r"\?\S+", "", " ".join(str(error).split()))[:300].rstrip(". ") or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -223,7 +223,7 @@ def convert_lora(config: ConvertConfig) -> Path:
     It is read back and compared adapter by adapter before it takes its name. Raises DbkitError for layers that Stable
     Diffusion 1 and 2 do not have.
     """
-    source, destination = config.source, config.destination
+    source, destination = Path(config.source), config.destination
     require_destination(destination, config.overwrite, source)
     tensors, metadata = _read(source)
     adapters = _adapters(tensors, metadata, source)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 # The part that proves a folder to be what it says, and its configuration file.
-_CONFIGS = {
+CONFIGS = {
     "tokenizer": "tokenizer_config.json",
     "text_encoder": "config.json",
     "vae": "config.json",
@@ -114,7 +114,7 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
         raise DbkitError(f"{folder} is a LoRA and no whole model; make one of it first: dbkit merge {folder} FOLDER")
     if not any((folder / part).is_dir() for part in PARTS):
         raise DbkitError(f"{folder} is not a model folder, which has {', '.join(PARTS)} in it; check the path")
-    missing = [f"{part}/{_CONFIGS[part]}" for part in PARTS if not (folder / part / _CONFIGS[part]).is_file()]
+    missing = [f"{part}/{CONFIGS[part]}" for part in PARTS if not (folder / part / CONFIGS[part]).is_file()]
     missing += [f"{part} weights" for part in WEIGHTS if not weight_files(folder / part)]
     if missing:
         raise DbkitError(
@@ -186,7 +186,7 @@ def with_zero_terminal_snr(models: Models) -> None:
 
 def read_config(folder: Path, part: str, kind: str | None = None) -> dict[str, Any]:
     """The configuration of one part of a model folder, which may have another name than the part's kind."""
-    path = folder / part / _CONFIGS[kind or part]
+    path = folder / part / CONFIGS[kind or part]
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
@@ -197,10 +197,16 @@ def read_config(folder: Path, part: str, kind: str | None = None) -> dict[str, A
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of one part: safetensors before pickled ones, full precision before variants."""
-    for pattern in ("*.safetensors", "*.bin"):
-        files = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
-        whole = [path for path in files if ".fp16" not in path.name and "non_ema" not in path.name]
+    """The weight files of one part, of which there may be several sets."""
+    return [folder / name for name in weight_names(path.name for path in folder.glob("*"))]
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """Which of a part's files are its weights: safetensors before pickled ones, full precision before variants."""
+    names = sorted(name for name in names if not name.startswith("."))
+    for suffix in (".safetensors", ".bin"):
+        files = [name for name in names if name.endswith(suffix)]
+        whole = [name for name in files if ".fp16" not in name and "non_ema" not in name]
         if whole or files:
             return whole or files
     return []
@@ -269,7 +275,7 @@ def vae_folder(name: str) -> Path | None:
         _require_hub_id(name)
         return None
     here = folder / "vae" if (folder / "vae").is_dir() else folder
-    config = here / _CONFIGS["vae"]
+    config = here / CONFIGS["vae"]
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError):
@@ -358,7 +364,7 @@ def save_all_but_weights(models: Models, folder: Path) -> None:
         _save_settings(getattr(models, part), folder / part, part)
     save_tokenizer(models.tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
-    _write_json(folder / "scheduler" / _CONFIGS["scheduler"], models.scheduler_config)
+    _write_json(folder / "scheduler" / CONFIGS["scheduler"], models.scheduler_config)
     _write_json(folder / "model_index.json", _model_index(models))
 
 
@@ -386,7 +392,7 @@ def _save_settings(module: torch.nn.Module, target: Path, part: str) -> None:
         module.config.save_pretrained(target)
     else:
         module.save_config(target)
-    _forget_origin(target / _CONFIGS[part])
+    _forget_origin(target / CONFIGS[part])
 
 
 def save_tensors(
@@ -486,7 +492,7 @@ def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:
     if not folder.is_dir():
         return f"{name_or_path}@{revision or 'main'}"
     digest = hashlib.sha256()
-    for path in (folder / "scheduler" / _CONFIGS["scheduler"], folder / "tokenizer" / "vocab.json"):
+    for path in (folder / "scheduler" / CONFIGS["scheduler"], folder / "tokenizer" / "vocab.json"):
         digest.update(path.read_bytes() if path.is_file() else b"")
     for part in WEIGHTS:
         for path in weight_files(folder / part):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import keys
 from dbkit.config import ConvertConfig
+from dbkit.downloads import fetch, find, is_folder
 from dbkit.errors import DbkitError
 from dbkit.families import Family, find_family, hidden_act, model_configs, original_shapes, vae_config
 from dbkit.layouts import from_original, modern_names, vae_from_original
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 # The name under which files that dbkit writes carry what cannot be read off their shapes.
 METADATA = "dbkit"
 _PARTS_WITH_SETTINGS = ("unet", "vae", "text_encoder", "scheduler", "tokenizer")
+_VAE_FILES = (SAFETENSORS, *PICKLES)
 _MODELSPEC = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
 
 
@@ -42,7 +44,7 @@ class StoredModel:
 
 def read_folder(config: ConvertConfig) -> StoredModel:
     """A diffusers folder as a model. Raises DbkitError unless its settings and tensors fit each other exactly."""
-    source = config.source
+    source = Path(config.source)
     model_facts(source)
     weights = {part: stored_weights(source, part) for part in keys.PREFIXES}
     family = find_family(original_shapes(weights), source)
@@ -78,7 +80,7 @@ def read_file(config: ConvertConfig, suffix: str = "") -> StoredModel:
 
     suffix is for a file whose name lacks its own.
     """
-    source, other_vae = config.source, config.pretrained_vae_name_or_path
+    source, other_vae = Path(config.source), config.pretrained_vae_name_or_path
     tensors, metadata = open_tensors(source, suffix)
     facts = _noted(metadata, source)
     family = find_family({name: t.shape for name, t in tensors.items()}, source, without_vae=bool(other_vae))
@@ -121,7 +123,7 @@ def _prediction_type(config: ConvertConfig, family: Family, metadata: dict[str, 
     """epsilon or v_prediction, by what is stated. Raises DbkitError where statements differ or nothing is known."""
     if config.prediction_type != "auto":
         return config.prediction_type
-    beside = config_beside(config.source)
+    beside = config_beside(Path(config.source))
     stated = {
         "the settings in it": noted.get("scheduler", {}).get("prediction_type"),
         "its modelspec.prediction_type": _MODELSPEC.get(str(metadata.get("modelspec.prediction_type"))),
@@ -143,10 +145,11 @@ def _prediction_type(config: ConvertConfig, family: Family, metadata: dict[str, 
 
 
 def _other_vae(name: str) -> tuple[dict[str, Stored], dict[str, Any]]:
-    """The tensors and settings of a VAE by itself: a file, a folder or a Hugging Face id."""
-    path = Path(name)
-    if path.is_file():
-        if path.suffix.lower() not in (SAFETENSORS, *PICKLES):
+    """The tensors and settings of a VAE by itself: a file, a folder, a Hugging Face id or the address of a file."""
+    place = find(name, _VAE_FILES)
+    if not is_folder(place):
+        path = fetch(place, _VAE_FILES)
+        if path.suffix.lower() not in _VAE_FILES:
             raise DbkitError(f"pretrained_vae_name_or_path {name} is no .safetensors, .ckpt or .pt file; choose one")
         weights = vae_from_original(open_tensors(path)[0], path)
         try:

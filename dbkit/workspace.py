@@ -19,6 +19,16 @@ from dbkit.settings import Settings, field_type, is_path
 Config = TypeVar("Config", bound=Settings)
 
 _FOLDERS = ("photos", "settings", "models", "datasets", "class_images", "runs", "exports")
+# Settings that name a model by its path, its Hugging Face id or otherwise.
+_MAY_BE_PATHS = (
+    "source",
+    "pretrained_model_name_or_path",
+    "pretrained_vae_name_or_path",
+    "tokenizer_name",
+    "model",
+    "clip",
+    "dino",
+)
 _DRIVE = Path("/content/drive")
 _DISK = Path("/content/dbkit_runs")
 
@@ -57,9 +67,12 @@ class Workspace:
             value = getattr(config, field.name)
             if is_path(field_type(type(config), field.name)) and value not in (None, Path(embedded.NAME)):
                 changes[field.name] = self.path / value
-        for name in ("pretrained_model_name_or_path", "tokenizer_name", "model", "clip", "dino"):
+        for name in _MAY_BE_PATHS:
             value = getattr(config, name, None)
-            if isinstance(value, str) and value and (self.path / value).exists():
+            # An address may be longer than a file system lets one ask for.
+            if not isinstance(value, str) or value in ("", embedded.NAME) or "://" in value:
+                continue
+            if (self.path / value).exists():
                 changes[name] = str(self.path / value)
         return dataclasses.replace(config, **changes)
 

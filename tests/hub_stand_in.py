@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub on this machine: the part of its HTTP interface that an upload uses."""
+"""A stand-in of the Hugging Face Hub on this machine: the part of its HTTP interface that uploads and downloads use."""
 
 import base64
 import contextlib
@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import threading
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,12 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Repository:
-    """What a repository holds. large are the paths that are kept as LFS objects."""
+    """What a repository holds. large are the paths that are kept as LFS objects; a gated one shows only their names."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     large: set[str] = field(default_factory=set)
     commits: int = 1
+    gated: bool = False
 
     @property
     def sha(self) -> str:
@@ -38,6 +40,11 @@ class Hub:
     fail: Callable[[str, str], int | None] = lambda method, path: None
     # What becomes of a file's bytes on their way.
     keep: Callable[[str, bytes], bytes] = lambda path, content: content
+    # What becomes of them on the way to who asks, and how many answers end in their middle.
+    give: Callable[[str, bytes], bytes] = lambda path, content: content
+    cuts: int = 0
+    # Which files were asked for, each with the range of bytes.
+    given: list[tuple[str, str | None]] = field(default_factory=list)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -50,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._serve()
 
-    do_POST = do_PUT = do_GET
+    do_POST = do_PUT = do_HEAD = do_GET
 
     def _serve(self):
         body, path = self._body(), self.path.partition("?")[0]
@@ -60,8 +67,13 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if status:
             return self._answer(status, {"error": "the stand-in fails"})
-        role = self.hub.roles.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
-        if role is None and self.command != "PUT":
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        role = self.hub.roles.get(token)
+        if token and role is None:
+            return self._answer(401, {"error": _BAD}, {"X-Error-Message": _BAD})
+        if match := re.fullmatch("/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
+            return self._give(role, *match.groups())
+        if role is None and self.command == "POST":
             return self._answer(401, {"error": "Invalid username or password."})
         for pattern, answer in _ROUTES.items():
             if match := re.fullmatch(pattern, f"{self.command} {path}"):
@@ -80,13 +92,49 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def _answer(self, status: int, content: object) -> None:
-        text = json.dumps(content).encode()
+    def _answer(self, status: int, content: object, headers: dict[str, str] | None = None) -> None:
+        text = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.end_headers()
+        if self.command == "HEAD":
+            return
+        if status in (200, 206) and headers and self.hub.cuts:
+            self.hub.cuts -= 1
+            text, self.close_connection = text[: len(text) // 2], True
         self.wfile.write(text)
+
+    def _give(self, role: str | None, name: str, revision: str, path: str) -> None:
+        """Answer with a file, or with the part of it that is asked for."""
+        repository = self.hub.repositories.get(name)
+        if repository is None or (repository.private and role is None):
+            return self._answer(*_unknown(role))
+        if repository.gated:
+            return self._answer(403, {"error": "Access is restricted"}, {"X-Error-Code": "GatedRepo"})
+        path = urllib.parse.unquote(path)
+        whole = repository.files[path]
+        digest = hashlib.sha256(whole).hexdigest() if path in repository.large else _git_hash(whole)
+        headers = {"X-Repo-Commit": repository.sha, "ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
+        content, asked = self.hub.give(path, whole), self.headers.get("Range")
+        if self.command == "GET":
+            self.hub.given.append((path, asked))
+        if not asked:
+            return self._answer(200, content, headers)
+        start = int(asked.removeprefix("bytes=").rstrip("-"))
+        headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        return self._answer(206, content[start:], headers)
+
+
+_BAD = "Invalid credentials in Authorization header"
+
+
+def _unknown(role):
+    # Who is not logged in is not told whether there is such a repository. (Of a Hub by https the client knows without
+    # the code what its 401 means.)
+    return 401 if role is None else 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
 
 
 def _git_hash(content: bytes) -> str:
@@ -111,12 +159,19 @@ def _create(hub, role, body):
     return 200, answer
 
 
-def _about(hub, role, body, name):
-    if name not in hub.repositories:
-        return 404, {"error": "Repository not found"}
-    repository = hub.repositories[name]
+def _about(hub, role, body, name, revision):
+    repository = hub.repositories.get(name)
+    if repository is None or (repository.private and role is None):
+        return _unknown(role)
+    if revision not in (None, "main", repository.sha):
+        return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
+    files = []
+    for path, content in repository.files.items():
+        files.append({"rfilename": path, "size": len(content), "blobId": _git_hash(content)})
+        if path in repository.large:
+            files[-1]["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
     facts = {"id": name, "private": repository.private, "sha": repository.sha}
-    return 200, {**facts, "siblings": [], "tags": [], "downloads": 0, "likes": 0}
+    return 200, {**facts, "siblings": files, "tags": [], "downloads": 0, "likes": 0}
 
 
 def _modes(hub, role, body, name):
@@ -188,7 +243,7 @@ _ROUTES = {
     "GET /api/whoami-v2": _who,
     "POST /api/repos/create": _create,
     "POST /api/validate-yaml": lambda hub, role, body: (200, {"errors": [], "warnings": []}),
-    "GET /api/models/([^/]+/[^/]+)(?:/revision/main)?": _about,
+    "GET /api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?": _about,
     "POST /api/models/([^/]+/[^/]+)/preupload/main": _modes,
     r"POST /([^/]+/[^/]+)\.git/info/lfs/objects/batch": _batch,
     "PUT /objects/(.+)": _put,

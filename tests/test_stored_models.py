@@ -163,7 +163,9 @@ def test_what_dbkit_writes_says_what_it_predicts_by_its_metadata_and_by_its_yaml
 def test_statements_that_differ_are_an_error_until_the_user_decides(sd2_v_model, tmp_path):
     made = convert(sd2_v_model, tmp_path / "made.safetensors")
     made.with_suffix(".yaml").write_text("model: {params: {timesteps: 1000}}\n")
-    expected = r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to the"
+    expected = r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to"
+        r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to the"
+    )
     with pytest.raises(DbkitError, match=expected):
         predicts(made)
     assert predicts(made, prediction_type="epsilon") == "epsilon"
@@ -278,7 +280,7 @@ def test_a_file_without_a_vae_gets_one(file, other_vae, tmp_path):
         ("notes.txt", r"notes\.txt is no \.safetensors, \.ckpt or \.pt file; choose one"),
         ("unet.safetensors", r"unet\.safetensors is not a VAE \(conv_in\.bias, .*\); give a file or diffusers folder"),
         ("part.safetensors", r"part\.safetensors is not a whole VAE; it lacks '.+'"),
-        ("nowhere.pt", r"there is no model folder .*nowhere\.pt; check the path"),
+        ("nowhere.pt", r"there is no file or folder .*nowhere\.pt; check the path"),
     ],
 )
 def test_what_is_no_vae_is_said(model, file, other_vae, tmp_path, name, expected):
