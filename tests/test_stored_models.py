@@ -164,8 +164,6 @@ def test_statements_that_differ_are_an_error_until_the_user_decides(sd2_v_model,
     made = convert(sd2_v_model, tmp_path / "made.safetensors")
     made.with_suffix(".yaml").write_text("model: {params: {timesteps: 1000}}\n")
     expected = r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to"
-        r"predicts v_prediction by the settings in it and .* and epsilon by .*made\.yaml; set prediction_type to the"
-    )
     with pytest.raises(DbkitError, match=expected):
         predicts(made)
     assert predicts(made, prediction_type="epsilon") == "epsilon"
