@@ -56,7 +56,8 @@ def convert(config: ConvertConfig) -> Path:
     place = find(config.source, _FILES)
     if is_folder(place):
         return _to_file(config, place)
-    if isinstance(place, Path) or config.destination.suffix.lower() == SAFETENSORS:
+    to_file = config.destination.suffix.lower() == SAFETENSORS and not str(place).lower().endswith(".ckpt")
+    if isinstance(place, Path) or to_file:
         # Of a file another file is made only where it is a LoRA, which its tensors show.
         place = fetch(place, _FILES, config.sha256)
         config = replace(config, source=place, sha256=None)
