@@ -77,7 +77,7 @@ def rounds(count: int, place: Path) -> list[dict[str, float]]:
             seconds, copied = one_round(folder, saves)
             result |= {"with saves": seconds, "bytes": copied} if saves else {"without": seconds}
         results.append({**result, "ratio": result["without"] / result["with saves"]})
-        print(f"round {number + 1}: {result['without']:.2f} s without, {result['with saves']:.2f} s with", flush=True)
+        print(f"round {number + 1}: {result['without']:.2f} s without, {result['with saves']:.2f} s with", file=sys.stderr, flush=True)
     return results
 
 
@@ -99,8 +99,12 @@ def main() -> None:
         "rounds": results,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
     }
-    print(f"a save copies {results[0]['bytes'] / 1e6:.0f} MB home, at {SPEED / 1e6:.0f} MB a second")
-    print(f"steps a second with saves every {EVERY} of {STEPS} steps: {ratio:.3f} of those without (median)")
+    print(f"\nMade by `python benchmarks/saving.py --rounds {arguments.rounds}` on {figures['machine']}.\n")
+    print("| round | seconds without saves | with | steps a second, with against without |\n| --: | --: | --: | --: |")
+    for number, result in enumerate(results, 1):
+        print(f"| {number} | {result['without']:.2f} | {result['with saves']:.2f} | {result['ratio']:.3f} |")
+    print(f"| median | | | {ratio:.3f} |\n")
+    print(f"A save copies {results[0]['bytes'] / 1e6:.0f} MB home, at {SPEED / 1e6:.0f} MB a second.")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
 
