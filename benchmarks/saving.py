@@ -77,7 +77,11 @@ def rounds(count: int, place: Path) -> list[dict[str, float]]:
             seconds, copied = one_round(folder, saves)
             result |= {"with saves": seconds, "bytes": copied} if saves else {"without": seconds}
         results.append({**result, "ratio": result["without"] / result["with saves"]})
-        print(f"round {number + 1}: {result['without']:.2f} s without, {result['with saves']:.2f} s with", file=sys.stderr, flush=True)
+        print(
+            f"round {number + 1}: {result['without']:.2f} s without, {result['with saves']:.2f} s with",
+            file=sys.stderr,
+            flush=True,
+        )
     return results
 
 

@@ -304,6 +304,7 @@ class ConvertConfig(Settings):
     hub_private: bool = setting(
         True, "only you see the upload; off: everyone sees it", advanced=True, needs="push_to_hub"
     )
+    download: bool = setting(False, "on Colab: also hand the file to your browser, which downloads it", advanced=True)
 
     def contradictions(self) -> list[str]:
         """Sentences about settings that do not go together."""

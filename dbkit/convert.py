@@ -37,6 +37,7 @@ from dbkit.tensor_files import (
     write_safetensors,
 )
 from dbkit.tokenizer import SD2_PAD, load_tokenizer, load_tokenizer_tables
+from dbkit.workspace import download, require_download
 
 if TYPE_CHECKING:
     import torch
@@ -62,10 +63,8 @@ def convert(config: ConvertConfig) -> Path:
         place = fetch(place, _FILES, config.sha256)
         config = replace(config, source=place, sha256=None)
         if place.suffix.lower() == SAFETENSORS and is_lora(open_tensors(place)[0]):
-            require_hub(config, config.destination.stem)
-            made = convert_lora(config)
-            upload_files(config, [made])
-            return made
+            _require_hands(config)
+            return _handed_out(config, convert_lora(config))
     return _to_folder(config, place)
 
 
@@ -78,7 +77,7 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
         )
     if destination.exists() and not config.overwrite:
         raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
-    require_hub(config, destination.stem)
+    _require_hands(config)
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_folder(config)
@@ -95,8 +94,21 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
         writer.prove(model, read_file(ConvertConfig(partial, destination), suffix))
         if told:
             write_text(beside, told)
-    upload_files(config, [destination, *([beside] if told else [])])
-    return destination
+    return _handed_out(config, destination, *([beside] if told else []))
+
+
+def _require_hands(config: ConvertConfig) -> None:
+    """Raise DbkitError where what is made could not be handed out as asked for."""
+    require_download(config.download)
+    require_hub(config, config.destination.stem)
+
+
+def _handed_out(config: ConvertConfig, made: Path, *beside: Path) -> Path:
+    """The file that was made, uploaded or downloaded with what belongs to it, if that is asked for."""
+    upload_files(config, [made, *beside])
+    for path in (made, *beside) if config.download else ():
+        download(path)
+    return made
 
 
 def _to_folder(config: ConvertConfig, place: Place) -> Path:
@@ -105,8 +117,8 @@ def _to_folder(config: ConvertConfig, place: Place) -> Path:
         raise DbkitError(f"{place} is neither a folder nor a .safetensors or .ckpt file; choose one of these")
     if destination.suffix.lower() in _FILES or destination.is_file():
         raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
-    if config.push_to_hub:
-        raise DbkitError(f"push_to_hub uploads a file, and {destination} is a folder; leave it out")
+    if config.push_to_hub or config.download:
+        raise DbkitError(f"push_to_hub and download are for a file, and {destination} is a folder; leave them out")
     require_replaceable(destination, config.overwrite, place if isinstance(place, Path) else destination.parent)
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)

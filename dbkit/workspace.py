@@ -122,6 +122,19 @@ def on_colab() -> bool:
     return "google.colab" in sys.modules
 
 
+def require_download(wanted: bool) -> None:
+    """Raise DbkitError where a download through the browser is wanted and this is not Colab."""
+    if wanted and not on_colab():
+        raise DbkitError("download is for Colab, and the file will be on this machine already; leave it off")
+
+
+def download(path: Path) -> None:
+    """Hand a file to the browser of a Colab notebook."""
+    from google.colab import files
+
+    files.download(str(path))
+
+
 def open_workspace(folder: str | Path | None = None) -> Workspace:
     """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given."""
     if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ:

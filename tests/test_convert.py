@@ -717,3 +717,11 @@ def test_a_failed_conversion_keeps_the_old_destination(model, file, copied, tmp_
         convert(path, copied, overwrite=True)
     assert_same_model(model, copied)
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_cannot_be_handed_out_is_said_before_anything_is_made(model, file, tmp_path):
+    with pytest.raises(DbkitError, match="download is for Colab"):
+        convert(model, tmp_path / "made.safetensors", download=True)
+    with pytest.raises(DbkitError, match="push_to_hub and download are for a file"):
+        convert(file, tmp_path / "made", download=True)
+    assert not list(tmp_path.iterdir())

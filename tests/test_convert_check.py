@@ -57,7 +57,7 @@ def passed(figures: Path) -> dict[str, dict[str, bool]]:
 def test_a_narrow_model_of_stable_diffusion_2_passes(monkeypatch, tmp_path, capsys):
     run(monkeypatch, "--family", "sd2-v", "--folder", tmp_path, "--json", tmp_path / "figures.json")
     checks = passed(tmp_path / "figures.json")
-    assert list(checks) == ["sd2 fp16", "sd2-v fp16"]
+    assert list(checks) == ["sd2-v fp16"]
     assert all(len(found) == 8 and all(found.values()) for found in checks.values()), checks
     assert "| text encoding, U-Net, VAE by diffusers' from_single_file |" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith("dbkit-")] == []

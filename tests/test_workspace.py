@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dbkit import ConvertConfig, DbkitError, PrepareConfig, TrainConfig, describe_machine, open_workspace
-from dbkit.workspace import default_folder, on_colab, working_folder
+from dbkit.workspace import default_folder, download, on_colab, require_download, working_folder
 
 
 def colab(monkeypatch, tmp_path, mount):
@@ -176,3 +176,15 @@ def test_the_machine_is_described_in_lines():
     assert torch.__version__ in lines[0]
     assert lines[1].startswith("GPU: ")
     assert lines[1].startswith("GPU: none") == (not torch.cuda.is_available() and not torch.backends.mps.is_available())
+
+
+def test_a_file_is_handed_to_the_browser_on_colab_alone(monkeypatch, tmp_path):
+    with pytest.raises(DbkitError, match="download is for Colab"):
+        require_download(True)
+    require_download(False)
+    package, handed = types.ModuleType("google.colab"), []
+    package.files = types.SimpleNamespace(download=handed.append)
+    monkeypatch.setitem(sys.modules, "google.colab", package)
+    require_download(True)
+    download(tmp_path / "dog.safetensors")
+    assert handed == [str(tmp_path / "dog.safetensors")]
