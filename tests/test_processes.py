@@ -113,10 +113,12 @@ def test_what_cannot_be_sharded_is_said(settings):
 def test_a_launcher_that_is_told_to_stop_leaves_a_whole_state(settings):
     run = settings["output_dir"]
     started = launch("train", json.dumps([plain({**settings, "max_train_steps": 10_000, "log_interval": 1})]))
-    while started.poll() is None and not (run / "log.jsonl").exists():
+    # The file is there before the first step; a line in it comes with that.
+    while started.poll() is None and not ((run / "log.jsonl").exists() and log_of(run)):
         time.sleep(0.1)
     started.send_signal(signal.SIGTERM)
     said, _ = started.communicate()
+    assert (run / "resume").is_dir(), said
     (state,) = (run / "resume").iterdir()
     step = int(state.name.removeprefix("step_"))
     assert find_fault(state, step=step) is None, said
