@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +22,7 @@ from dbkit.layouts import to_original
 from dbkit.libraries import quiet
 from dbkit.lora_files import convert_lora
 from dbkit.models import WEIGHTS, Models, require_replaceable, save_all_but_weights
-from dbkit.original_config import config_beside, original_config, require_replaceable_config
+from dbkit.original_config import config_beside, original_config, read_prediction_type, require_replaceable_config
 from dbkit.proof import prove, table
 from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
 from dbkit.settings import configured_by, replace
@@ -77,6 +79,8 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
         )
     if destination.exists() and not config.overwrite:
         raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+    if isinstance(place, Path) and destination.resolve().is_relative_to(place.resolve()):
+        raise DbkitError(f"{destination} would lie in the model {place} itself; choose another destination")
     _require_hands(config)
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
@@ -85,8 +89,14 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
     # User interfaces take a model for one that predicts noise, or guess, unless this file tells them.
     is_v = model.configs["scheduler"].get("prediction_type") == "v_prediction"
     told = original_config(model.configs, **vars(model.family)) if model.family.is_sd2 or is_v else None
+    stale = not told and read_prediction_type(beside) is not None
     if told:
         require_replaceable_config(beside)
+    elif stale and not config.overwrite:
+        raise DbkitError(
+            f"{beside} is of another model, and user interfaces would read it for {destination.name}; choose another "
+            "name, or set overwrite, which removes it"
+        )
     noted = _notes(model, source, destination.stem, is_v, config.license)
     with _Writer(config, tensors, destination) as writer, whole_file(destination) as partial:
         writer.write(tensors, partial, suffix, noted)
@@ -94,6 +104,8 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
         writer.prove(model, read_file(ConvertConfig(partial, destination), suffix))
         if told:
             write_text(beside, told)
+        elif stale:
+            beside.unlink()
     return _handed_out(config, destination, *([beside] if told else []))
 
 
@@ -119,13 +131,16 @@ def _to_folder(config: ConvertConfig, place: Place) -> Path:
         raise DbkitError(f"the source is a file, so the destination is a folder: {destination} is not one")
     if config.push_to_hub or config.download:
         raise DbkitError(f"push_to_hub and download are for a file, and {destination} is a folder; leave them out")
-    require_replaceable(destination, config.overwrite, place if isinstance(place, Path) else destination.parent)
+    require_free = functools.partial(
+        require_replaceable, destination, config.overwrite, place if isinstance(place, Path) else destination.parent
+    )
+    require_free()
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_file(config)
     modules = empty_modules(model, source)
     everything = {f"{part} {name}": t for part, weights in model.weights.items() for name, t in weights.items()}
-    with _Writer(config, everything, destination) as writer, _whole_folder(destination) as partial:
+    with _Writer(config, everything, destination) as writer, _whole_folder(destination, require_free) as partial:
         _write_rest(model, modules, config, partial)
         for part, weights in model.weights.items():
             path = partial / part / WEIGHTS[part]
@@ -159,23 +174,29 @@ def _notes(model: StoredModel, source: Path, title: str, is_v: bool, license: st
 
 
 @contextmanager
-def _whole_folder(destination: Path) -> Iterator[Path]:
-    """Yield a temporary folder that takes the place of the destination when the block ends well."""
-    partial, old = (destination.with_name(destination.name + end) for end in (".partial", ".old"))
-    shutil.rmtree(partial, ignore_errors=True)
+def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterator[Path]:
+    """Yield a temporary folder that takes the place of the destination when the block ends well.
+
+    require_free is asked once more then, for something else may have come there meanwhile.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    # Of a name that nobody else has: what is deleted in the end is dbkit's own.
+    place = Path(tempfile.mkdtemp(".partial", f".{destination.name[:80]}.", destination.parent))
+    new, old = place / "new", place / "old"
     try:
         with full_disk_is_a_sentence(destination.parent):
-            yield partial
-            for path in partial.rglob("*"):
+            yield new
+            for path in new.rglob("*"):
                 if path.is_file():
                     sync(path)
+            require_free()
             if destination.exists():
                 destination.rename(old)
-            partial.rename(destination)
-            shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            new.rename(destination)
+    finally:
+        if old.exists() and not destination.exists():
+            old.rename(destination)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 class _Writer:

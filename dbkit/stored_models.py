@@ -71,7 +71,10 @@ def stored_weights(folder: Path, part: str) -> dict[str, Stored]:
     """The tensors of one part of a diffusers folder."""
     found: dict[str, Stored] = {}
     for path in weight_files(folder / part):
-        found |= open_tensors(path)[0]
+        tensors = open_tensors(path)[0]
+        if twice := found.keys() & tensors.keys():
+            raise DbkitError(f"{folder / part} has {min(twice)} in two files; keep one set of weights there")
+        found |= tensors
     return modern_names(part, found)
 
 

@@ -725,3 +725,51 @@ def test_what_cannot_be_handed_out_is_said_before_anything_is_made(model, file, 
     with pytest.raises(DbkitError, match="push_to_hub and download are for a file"):
         convert(file, tmp_path / "made", download=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_beside_the_destination_is_left_alone(file, tmp_path):
+    for end in ("old", "partial"):
+        (tmp_path / f"made.{end}").mkdir()
+        (tmp_path / f"made.{end}" / "thesis.txt").write_text("years of work")
+    convert(file, tmp_path / "made")
+    convert(file, tmp_path / "made", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "made.old", "made.partial"]
+    assert all((tmp_path / f"made.{end}" / "thesis.txt").exists() for end in ("old", "partial"))
+
+
+def test_what_comes_to_the_destination_meanwhile_is_not_replaced(file, tmp_path, monkeypatch):
+    def appear(*_):
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "thesis.txt").write_text("years of work")
+        return []
+
+    monkeypatch.setattr("dbkit.convert.prove", appear)
+    with pytest.raises(DbkitError, match="made exists; choose another name"):
+        convert(file, tmp_path / "made")
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "thesis.txt"]
+
+
+def test_a_model_is_not_written_into_itself(copied):
+    before = sorted(copied.rglob("*"))
+    for name in ("unet/diffusion_pytorch_model.safetensors", "unet/dog.safetensors"):
+        with pytest.raises(DbkitError, match="would lie in the model"):
+            convert(copied, copied / name, overwrite=True)
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_a_name_in_two_files_is_refused(copied, tmp_path):
+    weights = copied / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model_old.safetensors"))
+    with pytest.raises(DbkitError, match="in two files; keep one set of weights"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+def test_the_yaml_of_a_model_that_is_replaced_goes_with_it(model, sd2_v_model, tmp_path):
+    made = convert(sd2_v_model, tmp_path / "made.safetensors")
+    with pytest.raises(DbkitError, match="exists"):
+        convert(model, made)
+    made.rename(tmp_path / "other.safetensors")
+    with pytest.raises(DbkitError, match="made.yaml is of another model"):
+        convert(model, made)
+    convert(model, made, overwrite=True)
+    assert not made.with_suffix(".yaml").exists()
