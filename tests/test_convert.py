@@ -769,7 +769,7 @@ def test_the_yaml_of_a_model_that_is_replaced_goes_with_it(model, sd2_v_model, t
     with pytest.raises(DbkitError, match="exists"):
         convert(model, made)
     made.rename(tmp_path / "other.safetensors")
-    with pytest.raises(DbkitError, match="made.yaml is of another model"):
+    with pytest.raises(DbkitError, match=r"made\.yaml is of another model"):
         convert(model, made)
     convert(model, made, overwrite=True)
     assert not made.with_suffix(".yaml").exists()

@@ -283,11 +283,16 @@ def test_wrong_bytes_are_said_and_deleted(server, tmp_path):
     assert download(url, wanted.upper()).read_bytes() == CONTENT
 
 
-def test_a_file_of_the_cache_that_was_damaged_is_deleted(server, tmp_path):
+def test_a_file_of_the_cache_that_does_not_fit_a_sum_is_named_and_stays(server):
+    """The sum may be mistyped, and gigabytes were downloaded."""
     url, wanted = f"{server.url}/small.ckpt", hashlib.sha256(CONTENT).hexdigest()
-    download(url, wanted).write_bytes(b"damaged")
-    with pytest.raises(DbkitError, match="it is deleted"):
+    kept = download(url, wanted)
+    with pytest.raises(DbkitError, match=r"small\.ckpt is not the file that sha256 names, for its own is"):
+        download(url, wanted.replace(wanted[0], "0" if wanted[0] != "0" else "1"))
+    kept.write_bytes(b"damaged")
+    with pytest.raises(DbkitError, match="is not the file that sha256 names"):
         download(url, wanted)
+    kept.unlink()
     assert download(url, wanted).read_bytes() == CONTENT
 
 
@@ -296,7 +301,7 @@ def test_a_file_of_the_user_is_compared_and_stays(tmp_path):
     path.write_bytes(CONTENT)
     assert fetch(path, SUFFIXES, hashlib.sha256(CONTENT).hexdigest()) == path
     with pytest.raises(
-        DbkitError, match=r"mine\.ckpt is not the file that sha256 names, for its own is .{64}; download"
+        DbkitError, match=r"mine\.ckpt is not the file that sha256 names, for its own is .{64}; compare"
     ):
         convert(path, tmp_path / "made", sha256="0" * 64)
     assert path.read_bytes() == CONTENT
