@@ -54,9 +54,6 @@ class Keeper:
 
     def _open(self) -> None:
         self._require_space()
-        for folder in {self.run, self.home}:
-            with contextlib.suppress(OSError):
-                (folder / STOP).unlink()  # one of an earlier session
         if self.home == self.run:
             (self.run / MIRROR).unlink(missing_ok=True)  # of a time when it worked elsewhere
         else:

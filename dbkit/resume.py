@@ -17,7 +17,7 @@ from dbkit.checkpoint import Checkpoint, by_step, find_fault, newest_valid, read
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, fingerprint
 from dbkit.files import move_aside, one_process
-from dbkit.mirror import bring_back
+from dbkit.mirror import STOP, bring_back
 from dbkit.run_folder import read_mirror
 from dbkit.settings import plain, read_yaml
 from dbkit.tokenizer import tokenizer_fingerprint
@@ -71,6 +71,9 @@ def locked(run: Path, home: Path) -> Iterator[None]:
 
 def open_run(config: TrainConfig, run: Path, home: Path) -> None:
     """Bring to where a run works what its home has beyond that, unless it starts over."""
+    for folder in {run, home}:
+        with contextlib.suppress(OSError):
+            (folder / STOP).unlink()  # one of an earlier session; from here on it stops this one
     said = read_mirror(run)
     if run == home:
         local = said and newest_valid(said.local / "resume")[0]

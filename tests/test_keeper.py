@@ -1,5 +1,6 @@
 """What a run keeps: it trains on whatever its disks do, says what is not saved, and loses nothing that was."""
 
+import importlib
 import json
 import os
 import re
@@ -122,6 +123,19 @@ def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
     train(**config)
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4] and not (run / "STOP").exists()
     assert_equal(state_of(run), state_of(straight.parent))
+
+
+def test_a_stop_file_that_comes_while_a_run_starts_stops_it_after_its_first_step(settings, monkeypatch):
+    train_module = importlib.import_module("dbkit.train")  # dbkit.train is the function
+    run, load = settings["output_dir"], train_module.load_base
+
+    def load_while_someone_asks(config):
+        (run / "STOP").touch()
+        return load(config)
+
+    monkeypatch.setattr(train_module, "load_base", load_while_someone_asks)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1 of 2"):
+        train(**settings)
 
 
 def test_a_stop_file_at_home_stops_a_run_that_works_elsewhere(settings, tmp_path, monkeypatch):
