@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dbkit.config import ConvertConfig
-from dbkit.errors import DbkitError, some
+from dbkit.errors import DbkitError, counted, some
 from dbkit.families import is_sd2
 from dbkit.files import whole_file
 from dbkit.models import TEXT_PREFIX, save_tensors
@@ -234,11 +234,12 @@ def convert_lora(config: ConvertConfig) -> Path:
         )
     kept = {key: value for key, value in metadata.items() if key not in _OF_BYTES}
     if any(name.startswith(tuple(PREFIXES.values())) for name in tensors):
-        made, noted = _diffusers_tensors(adapters), {"format": "pt", **kept, **_note(adapters)}
+        names, made, noted = "diffusers'", _diffusers_tensors(adapters), {"format": "pt", **kept, **_note(adapters)}
     else:
-        made, noted = kohya_tensors(adapters), {**_kohya_metadata(adapters, kept, config), **kept}
+        names, made, noted = "kohya's", kohya_tensors(adapters), {**_kohya_metadata(adapters, kept, config), **kept}
     with whole_file(destination) as partial:
         write_lora(made, adapters, partial, config.save_precision, noted)
+    print(f"{counted(len(adapters), 'layer')}, now under {names} names, read back and equal")
     return destination
 
 
