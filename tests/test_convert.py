@@ -743,7 +743,8 @@ def test_what_comes_to_the_destination_meanwhile_is_not_replaced(file, tmp_path,
         (tmp_path / "made" / "thesis.txt").write_text("years of work")
         return []
 
-    monkeypatch.setattr("dbkit.convert.prove", appear)
+    # dbkit.convert is the function of that name.
+    monkeypatch.setattr(sys.modules["dbkit.convert"], "prove", appear)
     with pytest.raises(DbkitError, match="made exists; choose another name"):
         convert(file, tmp_path / "made")
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "thesis.txt"]
