@@ -21,7 +21,7 @@ from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
 from dbkit.lora_files import convert_lora
-from dbkit.models import WEIGHTS, Models, require_replaceable, save_all_but_weights
+from dbkit.models import WEIGHTS, Models, precision_dtype, require_replaceable, save_all_but_weights
 from dbkit.original_config import config_beside, original_config, read_prediction_type, require_replaceable_config
 from dbkit.proof import prove, table
 from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
@@ -203,12 +203,10 @@ class _Writer:
     """Writes tensors in the precision asked for and compares what lies on the disk with the source, under one bar."""
 
     def __init__(self, config: ConvertConfig, tensors: dict[str, Stored], destination: Path) -> None:
-        import torch
         from tqdm import tqdm
 
-        precisions = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
         self.source, self.destination, self.precision = config.source, destination, config.save_precision
-        self.dtype = precisions.get(config.save_precision)
+        self.dtype = precision_dtype(config.save_precision)
         self.faults: dict[str, int] = {}
         needed = sum(self._cast(name, tensor).nbytes for name, tensor in tensors.items())
         require_space(destination.parent, needed, str(destination))

@@ -74,7 +74,7 @@ def extract_lora(config: ExtractLoraConfig) -> Path:
             f"{config.model}; give the model that it was trained from"
         )
     base = _folder(name, run.get("revision"))
-    weights = {part: (stored_weights(model, part), stored_weights(base, part)) for part in PREFIXES}
+    weights = {part: (stored_weights(model / part, part), stored_weights(base / part, part)) for part in PREFIXES}
     for part, (trained, untrained) in weights.items():
         _require_same_shapes(part, trained, untrained, f"{model} and its base {name}")
     difference = _difference(weights, config)

@@ -17,6 +17,7 @@ from dbkit.errors import DbkitError, counted, some
 from dbkit.files import size
 from dbkit.libraries import hub_errors, status_and_reason
 from dbkit.models import LORA_BASE
+from dbkit.run_folder import preview_of
 from dbkit.settings import read_yaml
 from dbkit.train_config import TrainConfig
 
@@ -179,7 +180,7 @@ def _files(config: TrainConfig, run: Path, step: int, prompts: Sequence[str], re
     listed = json.loads((run / "model" / MANIFEST).read_text(encoding="utf-8"))["files"]
     # The note beside a LoRA says where its base lies on this machine.
     files = [CommitOperationAdd(name, run / "model" / name) for name in listed if name != LORA_BASE]
-    picture = run / "previews" / f"step_{step:06d}.png"
+    picture = preview_of(run, step)
     if picture.is_file():
         files.append(CommitOperationAdd(_PICTURE, picture))
     # Of a run that was finished before, the settings that it ran with are in its folder.

@@ -395,6 +395,13 @@ def _save_settings(module: torch.nn.Module, target: Path, part: str) -> None:
     _forget_origin(target / CONFIGS[part])
 
 
+def precision_dtype(precision: str | None) -> torch.dtype | None:
+    """The type of a save_precision; None, for tensors that stay as they are, where that is empty."""
+    import torch
+
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(precision)
+
+
 def save_tensors(
     tensors: dict[str, torch.Tensor], path: Path, owner: str, precision: str | None, metadata: dict[str, str]
 ) -> None:
@@ -402,10 +409,9 @@ def save_tensors(
 
     It is the caller's to bring it to the disk, as commit() does with all of a folder at once.
     """
-    import torch
     from safetensors.torch import load_file, save_file
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}.get(precision)
+    dtype = precision_dtype(precision)
     weights = {}
     for name, tensor in tensors.items():
         cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()

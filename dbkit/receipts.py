@@ -7,6 +7,7 @@ from typing import Any
 
 from dbkit.checkpoint import read_manifest
 from dbkit.images import data_url
+from dbkit.run_folder import preview_of
 from dbkit.settings import field_type, is_path
 from dbkit.train_config import TrainConfig
 
@@ -49,7 +50,7 @@ def picture(folder: Path) -> str | None:
     """The first preview of the run and step that a model folder comes from, as ModelSpec has it; None without one."""
     manifest = read_manifest(folder)
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    pictures = sorted((run / "previews" / f"step_{manifest['step']:06d}").glob("*.png")) if manifest else []
+    pictures = sorted(preview_of(run, manifest["step"]).with_suffix("").glob("*.png")) if manifest else []
     if not pictures:
         return None
     return data_url(pictures[0], 256)

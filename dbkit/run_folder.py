@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dbkit.checkpoint import MANIFEST, by_step, find_fault, read_manifest
+from dbkit.checkpoint import MANIFEST, by_step, find_fault, read_manifest, step_folder
 from dbkit.errors import DbkitError
 from dbkit.log import read_log
 from dbkit.mirror import MIRROR
 from dbkit.settings import closest, read_yaml
 from dbkit.workspace import default_folder
 
+# How many lines of the log count for what is said of now.
+RECENT = 10
 _MARKS = ("settings.yaml", "log.jsonl", "resume", MIRROR)
 
 
@@ -223,6 +226,17 @@ def run_settings(model: Path) -> dict[str, Any]:
 def finite(value: object) -> bool:
     """Whether a value of a log is a number that one can reckon with."""
     return isinstance(value, float) and math.isfinite(value)
+
+
+def recent_loss(losses: Sequence[float]) -> float | None:
+    """The mean of the last losses, for one step's is mostly that of its random timesteps. None where there are none."""
+    recent = losses[-RECENT:]
+    return sum(recent) / len(recent) if recent else None
+
+
+def preview_of(run: Path, step: int) -> Path:
+    """The preview picture of a step; its single pictures lie in a folder of that name without the suffix."""
+    return step_folder(run / "previews", step).with_suffix(".png")
 
 
 def newest_preview(folder: Path) -> Path | None:

@@ -14,9 +14,6 @@ from dbkit.images import as_html
 from dbkit.models import LORA_BASE
 from dbkit.workspace import Workspace
 
-# So many lines of the log up to a step count for its loss.
-_RECENT = 10
-
 
 @dataclass(frozen=True)
 class SavedModel:
@@ -76,8 +73,7 @@ def _of_run(run: Path) -> list[SavedModel]:
     lines = [line for line in run_folder.read_lines(run) if run_folder.finite(line.get("loss"))]
     models = []
     for saved in [*place.checkpoints, *([place.model] if place.model else [])]:
-        recent = [line["loss"] for line in lines if line["step"] <= saved.step][-_RECENT:]
-        preview = run / "previews" / f"step_{saved.step:06d}.png"
+        preview = run_folder.preview_of(run, saved.step)
         if not saved.fault:
             models.append(
                 SavedModel(
@@ -86,7 +82,7 @@ def _of_run(run: Path) -> list[SavedModel]:
                     saved.step,
                     saved.size,
                     preview if preview.is_file() else None,
-                    sum(recent) / len(recent) if recent else None,
+                    run_folder.recent_loss([line["loss"] for line in lines if line["step"] <= saved.step]),
                     (saved.folder / LORA_BASE).is_file(),
                 )
             )

@@ -15,8 +15,6 @@ from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-# How many lines of the log count for what is said of now.
-_RECENT = 10
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,7 @@ class RunStatus:
     @property
     def loss(self) -> float | None:
         """The mean of the last losses in the log."""
-        recent = [loss for _, loss in self.losses[-_RECENT:]]
-        return sum(recent) / len(recent) if recent else None
+        return run_folder.recent_loss([loss for _, loss in self.losses])
 
     @property
     def seconds_left(self) -> float | None:
@@ -101,7 +98,7 @@ class RunStatus:
         """What there is to say, each with its title."""
         yield "folder", str(self.place.folder)
         if self.loss is not None:
-            yield "loss", f"{self.loss:.4f}, the mean of the last {min(_RECENT, len(self.losses))} in the log"
+            yield "loss", f"{self.loss:.4f}, the mean of the last {min(run_folder.RECENT, len(self.losses))} in the log"
         if self.seconds_per_step is not None:
             left = f", about {duration(self.seconds_left)} of training left" if self.seconds_left else ""
             yield "speed", f"{self.seconds_per_step:.3g} s a step{left}"
@@ -170,7 +167,7 @@ def status(config: StatusConfig) -> RunStatus:
 
 def _speed(logged: list[dict]) -> float | None:
     """Seconds a step, the median of the last lines: the first steps of a session are slower, as are pauses."""
-    recent = [line.get("seconds_per_step") for line in logged[-_RECENT:]]
+    recent = [line.get("seconds_per_step") for line in logged[-run_folder.RECENT :]]
     known = sorted(seconds for seconds in recent if run_folder.finite(seconds))
     return known[(len(known) - 1) // 2] if known else None
 
@@ -225,7 +222,7 @@ def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120)
     left, top, right, bottom = 56, 10, width - 10, height - 22
     steps, span = (last - first) or 1, (high - low) or 1
     lines = ""
-    for width_of_mean, opacity in ((1, 0.35), (_RECENT, 1)):
+    for width_of_mean, opacity in ((1, 0.35), (run_folder.RECENT, 1)):
         # The loss of one step is mostly that of its random timesteps.
         recent = [[loss for _, loss in points[max(0, i + 1 - width_of_mean) : i + 1]] for i in range(len(points))]
         places = " ".join(

@@ -46,7 +46,7 @@ def read_folder(config: ConvertConfig) -> StoredModel:
     """A diffusers folder as a model. Raises DbkitError unless its settings and tensors fit each other exactly."""
     source = Path(config.source)
     model_facts(source)
-    weights = {part: stored_weights(source, part) for part in keys.PREFIXES}
+    weights = {part: stored_weights(source / part, part) for part in keys.PREFIXES}
     family = find_family(original_shapes(weights), source)
     configs = {part: read_config(source, part) for part in _PARTS_WITH_SETTINGS}
     vocabulary, merges = tokenizer_tables(source / "tokenizer")
@@ -68,12 +68,12 @@ def read_folder(config: ConvertConfig) -> StoredModel:
 
 
 def stored_weights(folder: Path, part: str) -> dict[str, Stored]:
-    """The tensors of one part of a diffusers folder."""
+    """The tensors of one part of a diffusers folder, which lies in a folder of whatever name."""
     found: dict[str, Stored] = {}
-    for path in weight_files(folder / part):
+    for path in weight_files(folder):
         tensors = open_tensors(path)[0]
         if twice := found.keys() & tensors.keys():
-            raise DbkitError(f"{folder / part} has {min(twice)} in two files; keep one set of weights there")
+            raise DbkitError(f"{folder} has {min(twice)} in two files; keep one set of weights there")
         found |= tensors
     return modern_names(part, found)
 
@@ -160,10 +160,7 @@ def _other_vae(name: str) -> tuple[dict[str, Stored], dict[str, Any]]:
         except (KeyError, IndexError) as error:
             raise DbkitError(f"{path} is not a whole VAE; it lacks {error}") from error
     if folder := vae_folder(name):
-        weights = {}
-        for file in weight_files(folder):
-            weights |= open_tensors(file)[0]
-        return modern_names("vae", weights), read_config(folder.parent, folder.name, "vae")
+        return stored_weights(folder, "vae"), read_config(folder.parent, folder.name, "vae")
     vae = load_vae(name)
     return {name: held(tensor) for name, tensor in state_dict(vae, "vae").items()}, dict(vae.config)
 

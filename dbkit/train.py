@@ -32,6 +32,7 @@ from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
 from dbkit.resume import finished_in, locked, open_run
+from dbkit.run_folder import preview_of
 from dbkit.sampling import autocast
 from dbkit.saves import Due, Saves
 from dbkit.settings import configured_by, replace
@@ -87,7 +88,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
 
     # 3. Cache: images are encoded once, and the text of an encoder that is not trained; then both leave the device.
     pools = _make_pools(config, models, plan, device)
-    preview_of = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
+    preview = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
     saves = Saves(config, done, total, session=began)
@@ -99,7 +100,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):
-            preview_of(done)
+            preview(done)
         saves.start()
         for step in range(done + 1, total + 1):
             if step > plan.rest_after and pools[0].text_is_trained:
@@ -116,14 +117,14 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
             if due:
                 keeper.save(step, weights=due is Due.WEIGHTS)
             if due is Due.WEIGHTS:
-                preview_of(step)
+                preview(step)
         # 5. Finished model.
         if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
             raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
         # The model comes last: a run that has it lacks nothing. Until then the state is what counts.
         keeper.save(total, last=True)
         log.close()
-        preview_of(total)
+        preview(total)
         keeper.finish(total)
     made = on_main(finished_in, run, keeper.place, total)
     if made is None:
@@ -241,7 +242,7 @@ def _preview(
     """Preview pictures of the live model. Too little memory for them is said, and training goes on."""
     import torch
 
-    output = run / "previews" / f"step_{step:06d}.png"
+    output = preview_of(run, step)
     # Those of a step from which the run goes on were made already, if no kill came between.
     if not config.auto_test_model:
         return
