@@ -13,13 +13,23 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit.errors import DiskError
-from dbkit.files import full_disk_is_a_sentence, move_aside, sha256, sync, sync_folder, write_text
+from dbkit.files import (
+    full_disk_is_a_sentence,
+    move_aside,
+    reads_back_differently,
+    sha256,
+    side_by_side,
+    sync,
+    sync_folder,
+    write_text,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 # The manifest's name while the folder's files come or go: it is no checkpoint, and yet its files are known.
 DRAFT = "manifest.json.partial"
+# What stands, with a path, where a saved state had a tensor.
+_TENSOR = "dbkit tensor"
 
 
 @dataclass(frozen=True)
@@ -43,22 +55,28 @@ def step_folder(parent: Path, step: int) -> Path:
     return parent / f"step_{step:06d}"
 
 
-def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Checkpoint:
+def commit(
+    folder: Path, step: int, write: Callable[[Path], dict[str, str] | None], facts: dict[str, Any]
+) -> Checkpoint:
     """Let write(temporary folder) fill a folder, then make that the checkpoint `folder`, replacing an earlier one.
 
-    Returns only when what is on disk has been read back and found equal to its manifest.
+    write may return, by relative path, the SHA-256 of files that it has brought to the disk and read back, so that it
+    is not done again here.
+    Returns only when every file is on the disk, was read back, and is there under the final name.
     """
     partial = folder.with_name(folder.name + ".partial")
     with full_disk_is_a_sentence(folder.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            write(partial)
-            listed = {}
-            for path in sorted(path for path in partial.rglob("*") if path.is_file()):
-                sync(path)
-                name = path.relative_to(partial).as_posix()
-                listed[name] = {"size": path.stat().st_size, "sha256": sha256(path)}
+            known = write(partial) or {}
+            paths = sorted(path for path in partial.rglob("*") if path.is_file())
+            names = [path.relative_to(partial).as_posix() for path in paths]
+            side_by_side(sync, [path for name, path in zip(names, paths) if name not in known])
+            listed = {
+                name: {"size": path.stat().st_size, "sha256": known.get(name) or sha256(path)}
+                for name, path in zip(names, paths)
+            }
             # Inside the temporary folder, so that a kill leaves no folder of the final name without its manifest.
             write_text(partial / MANIFEST, manifest_text(step, facts, listed))
         except BaseException:
@@ -72,7 +90,8 @@ def commit(folder: Path, step: int, write: Callable[[Path], None], facts: dict[s
             folder.rename(old)
         partial.rename(folder)
         sync_folder(folder.parent)
-    fault = find_fault(folder)
+    # The bytes were read for their hashes; what is left to see is that they are there.
+    fault = find_fault(folder, sizes_only=True)
     if fault is None and old.exists():
         remove_committed(old)
     if fault:
@@ -215,29 +234,76 @@ def save_state(
     others: dict[str, dict[str, Any]],
     prefix: str = "",
     precision: str | None = None,
-) -> None:
+) -> dict[str, str]:
     """Write weights, in a precision or as they are, each module's in a file of its name after the prefix, and others.
 
-    Others are states that torch saves.
+    Others are nested states: their tensors go to files by what they are, such as optimizer.exp_avg.safetensors, and
+    the rest is what torch saves. All is read back and compared; DiskError says which file differs. Returns the SHA-256
+    of each file of tensors, as commit() takes them.
     """
     import torch
-    from safetensors.torch import save_file
 
     from dbkit.models import save_tensors, state_dict
 
-    for part, module in modules.items():
-        path, weights = folder / f"{prefix}{part}.safetensors", state_dict(module, part)
-        if precision:
-            save_tensors(weights, path, f"the {part}", precision, {})
-        else:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, path)
+    files = {
+        # As they are they may be anything; what a precision cannot hold is an error.
+        f"{prefix}{part}": (state_dict(module, part), f"the {part}" if precision else None, precision)
+        for part, module in modules.items()
+    }
     for name, state in others.items():
+        tensors: dict[str, torch.Tensor] = {}
+        rest = _without_tensors(state, "", tensors)
+        for path, tensor in tensors.items():
+            files.setdefault(f"{name}.{path.rpartition('.')[2]}", ({}, None, None))[0][path] = tensor
         with (folder / f"{name}.pt").open("wb") as file:
             try:
-                torch.save(state, file)
+                torch.save(rest, file)
             except RuntimeError as error:
                 # torch hides the system's error, a full disk for instance, behind one of its own.
                 raise error.__context__ or error from error
+        if not _is_whole(folder / f"{name}.pt"):
+            raise reads_back_differently(folder / f"{name}.pt")
+
+    def save(name: str) -> str:
+        tensors, owner, precision = files[name]
+        return save_tensors(tensors, folder / f"{name}.safetensors", owner, precision, {})
+
+    return {f"{name}.safetensors": digest for name, digest in zip(files, side_by_side(save, files))}
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether what torch saved reads back: a zip, whose sums are those of the bytes as they were in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def _without_tensors(state: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """A nested state whose tensors are put into `tensors` under their paths, which take their places."""
+    import torch
+
+    # What is more than a tensor, such as an 8-bit state of torchao, stays where it is.
+    if type(state) in (torch.Tensor, torch.nn.Parameter):
+        tensors[path] = state
+        return (_TENSOR, path)
+    return _mapped(state, lambda part, key: _without_tensors(part, f"{path}.{key}" if path else str(key), tensors))
+
+
+def _with_tensors(state: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(state, tuple) and len(state) == 2 and state[0] == _TENSOR:
+        return tensors[state[1]]
+    return _mapped(state, lambda part, _: _with_tensors(part, tensors))
+
+
+def _mapped(state: Any, change: Callable[[Any, Any], Any]) -> Any:
+    """A nested state with each part changed; change takes a part and its key."""
+    if isinstance(state, dict):
+        return {key: change(value, key) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(change(value, number) for number, value in enumerate(state))
+    return state
 
 
 def load_state(
@@ -251,7 +317,10 @@ def load_state(
 
     for part, module in modules.items():
         load_state_dict(module, part, load_file(checkpoint.folder / f"{prefix}{part}.safetensors"))
-    return {
-        path.stem: torch.load(path, map_location="cpu", weights_only=True)
-        for path in sorted(checkpoint.folder.glob("*.pt"))
-    }
+    others = {}
+    for path in sorted(checkpoint.folder.glob("*.pt")):
+        tensors: dict[str, torch.Tensor] = {}
+        for file in checkpoint.folder.glob(f"{path.stem}.*.safetensors"):
+            tensors |= load_file(file)
+        others[path.stem] = _with_tensors(torch.load(path, map_location="cpu", weights_only=True), tensors)
+    return others

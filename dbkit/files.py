@@ -10,9 +10,11 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbkit.errors import DbkitError, DiskError
 
@@ -132,6 +134,17 @@ def sha256(path: Path, seen: Callable[[int], None] | None = None) -> str:
             if seen:
                 seen(len(block))
     return digest.hexdigest()
+
+
+def side_by_side(work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+    """What work() returns of each item, done in threads: writing, syncing and hashing leave Python's lock alone."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(work, items))
+
+
+def reads_back_differently(path: Path) -> DiskError:
+    """The error for a file that holds something else than what was written."""
+    return DiskError(f"{path} reads back differently from what was written; the disk may be failing, save elsewhere")
 
 
 def move_aside(path: Path) -> Path:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dbkit import processes
 from dbkit.embedded import local_folder
 from dbkit.errors import DbkitError
-from dbkit.files import full_disk_is_a_sentence, sha256, share
+from dbkit.files import full_disk_is_a_sentence, sha256, side_by_side
 from dbkit.libraries import hub_options, loading, quiet
-from dbkit.tensor_files import is_finite, same
+from dbkit.tensor_files import Stored, is_finite, write_safetensors
 from dbkit.text import check_clip_skip, clip_skip_of
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
 
@@ -345,17 +345,23 @@ def require_replaceable(destination: Path, overwrite: bool, source: Path) -> Non
             raise DbkitError(f"{destination} is not a model folder, so it is not replaced; choose another name")
 
 
-def save_models(models: Models, folder: Path, precision: str | None = None) -> None:
-    """Write a diffusers folder with the weights in fp16, bf16, fp32 or as they are, then read them back and compare.
+def save_models(models: Models, folder: Path, precision: str | None = None) -> dict[str, str]:
+    """Write a diffusers folder with the weights in fp16, bf16, fp32 or as they are, read them back and compare.
+
+    Returns the SHA-256 of each file of weights, as commit() takes them.
 
     The text encoder's keys carry their `text_model.` prefix: transformers before version 5 loads a folder without it
     as a random text encoder. The tokenizer is written in both of its formats.
     """
     with full_disk_is_a_sentence(folder):
         save_all_but_weights(models, folder)
-        for part, file in WEIGHTS.items():
+
+        def save(part: str) -> str:
             weights = state_dict(getattr(models, part), part)
-            save_tensors(weights, folder / part / file, f"the {part}", precision, {"format": "pt"})
+            return save_tensors(weights, folder / part / WEIGHTS[part], f"the {part}", precision, {"format": "pt"})
+
+        digests = side_by_side(save, WEIGHTS)
+        return {f"{part}/{WEIGHTS[part]}": digest for part, digest in zip(WEIGHTS, digests)}
 
 
 def save_all_but_weights(models: Models, folder: Path) -> None:
@@ -403,31 +409,36 @@ def precision_dtype(precision: str | None) -> torch.dtype | None:
 
 
 def save_tensors(
-    tensors: dict[str, torch.Tensor], path: Path, owner: str, precision: str | None, metadata: dict[str, str]
-) -> None:
-    """Write a safetensors file in fp16, bf16, fp32 or as the tensors are, then read it back and compare.
+    tensors: dict[str, torch.Tensor], path: Path, owner: str | None, precision: str | None, metadata: dict[str, str]
+) -> str:
+    """Write a safetensors file in fp16, bf16, fp32 or as the tensors are, read it back and compare.
 
-    It is the caller's to bring it to the disk, as commit() does with all of a folder at once.
+    Returns the SHA-256 of what was read, of a file that is on the disk. owner is what has the weights, which must be
+    numbers; without one any value passes.
     """
-    from safetensors.torch import load_file, save_file
-
     dtype = precision_dtype(precision)
-    weights = {}
-    for name, tensor in tensors.items():
-        cast = tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
-        if not is_finite(cast):
+
+    def cast(name: str) -> torch.Tensor:
+        tensor = tensors[name].detach().to("cpu", stored[name].dtype)
+        if owner and not is_finite(tensor):
             raise DbkitError(
                 f"the weight {name} of {owner} is no number or does not fit in {precision or 'its type'}; set "
                 "save_precision to bf16 or fp32, or train again at a lower learning_rate"
             )
-        weights[name] = cast
-    save_file(weights, path, metadata=metadata)
-    share(path)
-    written = load_file(path)
-    if written.keys() != weights.keys() or not all(same(written[name], weights[name]) for name in weights):
-        raise DbkitError(
-            f"{path} reads back differently from what was written; the disk may be failing, save elsewhere"
+        return tensor
+
+    # One at a time: of tensors on a GPU, or in another precision, there is never a second copy in memory.
+    stored = {
+        name: Stored(
+            tuple(tensor.shape),
+            dtype if dtype and tensor.is_floating_point() else tensor.dtype,
+            lambda name=name: cast(name),
         )
+        for name, tensor in tensors.items()
+    }
+    digest = hashlib.sha256()
+    write_safetensors(stored, path, metadata, digest=digest)
+    return digest.hexdigest()
 
 
 def _forget_origin(path: Path) -> None:

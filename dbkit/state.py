@@ -114,17 +114,21 @@ def _check_shards(config: TrainConfig) -> None:
         raise DbkitError(f"{found[0]} does not go with FSDP or DeepSpeed; leave it off, or launch without them")
 
 
-def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: TrainConfig) -> None:
-    """Write into a folder what a run needs to go on, as resume_state says; optimizer is what gather() returned."""
+def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """Write into a folder what a run needs to go on, as resume_state says; optimizer is what gather() returned.
+
+    Returns what save_state() does.
+    """
     others = {"scaler": state.scaler.state_dict()}
     if config.resume_state != "weights":
         others["optimizer"] = in_8_bit(optimizer) if config.resume_state == "small" else optimizer
     precision = config.save_precision if config.resume_state == "weights" else None
-    save_state(folder, state.plain, others, precision=precision)
+    digests = save_state(folder, state.plain, others, precision=precision)
     if state.ema:
         with state.ema.in_place():
             averages = {part: state.trained[part] for part in state.ema.averages}
-            save_state(folder, averages, {}, _EMA, precision)
+            digests |= save_state(folder, averages, {}, _EMA, precision)
+    return digests
 
 
 def state_size(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> int:

@@ -7,20 +7,23 @@ add up is refused before a byte of it is used, and nothing in a file is ever run
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import re
 import struct
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit.errors import DbkitError
+from dbkit.files import reads_back_differently
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +34,7 @@ PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 _LONGEST_HEADER = 100_000_000
 # What is mapped into memory is let go of after so many bytes of it were read, for it counts as used.
 _MAPPED = 500_000_000
+_BLOCK = 1 << 20
 _DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -265,9 +269,17 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def write_safetensors(
-    tensors: dict[str, Stored], path: Path, metadata: dict[str, str], seen: Callable[[int], None] = lambda count: None
+    tensors: dict[str, Stored],
+    path: Path,
+    metadata: dict[str, str],
+    seen: Callable[[int], None] = lambda count: None,
+    digest: hashlib._Hash | None = None,
 ) -> None:
-    """Write a safetensors file tensor by tensor. `seen` is told the bytes of each."""
+    """Write a safetensors file tensor by tensor. `seen` is told the bytes of each.
+
+    With a digest each is read back when it was written, and given to it (DiskError if it differs), and the file is
+    brought to the disk.
+    """
     codes = {name: code for code, name in _DTYPES.items()}
     # Wide types first, so that every tensor begins where its type may.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
@@ -279,11 +291,52 @@ def write_safetensors(
         header[name] = {"dtype": dtype, "shape": tensors[name].shape, "data_offsets": [first, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+
+    def parts() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
         for name in names:
-            file.write(_bytes(tensors[name].read()))
+            yield _bytes(tensors[name].read())
             seen(tensors[name].nbytes)
+
+    with path.open("wb") as file, path.open("rb", buffering=0) as reader:
+        for data in _batched(parts()):
+            file.write(data)
+            if digest:
+                file.flush()
+                if not _reads_back(reader, data, digest):
+                    raise reads_back_differently(path)
+        if digest:
+            os.fsync(file.fileno())
+
+
+def _batched(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | bytearray | memoryview]:
+    """The same bytes in pieces that are worth a call of the system."""
+    batch = bytearray()
+    for part in parts:
+        if batch and len(batch) + len(part) > _BLOCK:
+            yield batch
+            batch = bytearray()
+        if len(part) > _BLOCK:
+            yield part
+        else:
+            batch += part
+    if batch:
+        yield batch
+
+
+def _reads_back(reader: io.FileIO, data: bytes | bytearray | memoryview, digest: hashlib._Hash) -> bool:
+    """Whether a file goes on with these bytes where it is read; what was read goes into the digest."""
+    import numpy as np
+
+    wanted, found = np.frombuffer(data, np.uint8), np.empty(min(len(data), _BLOCK), np.uint8)
+    done = 0
+    while done < len(data):
+        count = reader.readinto(found[: len(data) - done])
+        if not count or not np.array_equal(found[:count], wanted[done : done + count]):
+            return False
+        digest.update(found[:count])
+        done += count
+    return True
 
 
 def write_ckpt(

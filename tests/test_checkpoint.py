@@ -5,9 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from faults import failing
 
 from dbkit import DbkitError
 from dbkit.checkpoint import (
@@ -89,17 +91,19 @@ def test_a_damaged_checkpoint_is_skipped_and_named_with_the_reason(tmp_path, dam
 def write_real(folder):
     """A file of each kind that a training commits."""
     linear = torch.nn.Linear(3, 2)
-    save_state(folder, {"unet": linear}, {"optimizer": {"state": {0: {"step": torch.tensor(3.0)}}}, "scaler": {}})
+    moments = {"step": torch.tensor(3.0), "exp_avg": torch.ones(2)}
+    digests = save_state(folder, {"unet": linear}, {"optimizer": {"state": {0: moments}}, "scaler": {}})
     (folder / "vae").mkdir()
     (folder / "vae" / "config.json").write_text('{"latent_channels": 4}')
     (folder / "merges.txt").write_text("e d</w>\n")
+    return digests
 
 
 def test_any_byte_that_changes_in_any_file_is_noticed_and_the_one_before_is_used(tmp_path):
     commit_step(tmp_path, 4)
     folder = commit_step(tmp_path, 8, write_real).folder
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 6
+    assert len(files) == 8
     for path in files:
         content = path.read_bytes()
         # Every byte of the manifest, of the others some; of each byte one bit, in turn.
@@ -229,7 +233,11 @@ def test_a_failed_write_leaves_nothing_and_keeps_what_was_there(tmp_path):
 
 def test_a_checkpoint_takes_the_place_of_an_earlier_one_of_its_name(tmp_path):
     commit_step(tmp_path, 4)
-    commit_step(tmp_path, 4, lambda folder: (folder / "other").write_text("x"))
+
+    def write_other(folder):
+        (folder / "other").write_text("x")
+
+    commit_step(tmp_path, 4, write_other)
     assert names(tmp_path / "step_000004") == [MANIFEST, "other"]
 
 
@@ -257,6 +265,43 @@ def test_files_that_read_back_differently_are_refused(tmp_path):
 
     with pytest.raises(DbkitError, match=r"step_000004 reads back wrong \(link is missing\); the disk may be failing"):
         commit_step(tmp_path, 4, write_link)
+
+
+CORRUPTED = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from faults import Faults
+from dbkit.checkpoint import find_fault
+from dbkit.errors import DiskError
+from test_checkpoint import commit_step, write_real
+
+faults, place = Faults.of_this_process(), Path(sys.argv[1])
+outcomes = []
+while not outcomes or faults.hits:
+    faults.set("write", "corrupt", at=len(outcomes) + 1)
+    try:
+        folder = commit_step(place, 4, write_real).folder
+        # Files that the test writes itself are compared by nobody.
+        outcomes.append("" if faults.hits and find_fault(folder) is None else "untouched")
+    except DiskError as error:
+        outcomes.append(str(error))
+print(json.dumps(outcomes))
+"""
+
+
+def test_a_disk_that_writes_a_wrong_bit_is_noticed_wherever_dbkit_writes(tmp_path):
+    with failing(tmp_path) as faults:
+        command = [sys.executable, "-c", CORRUPTED, tmp_path, Path(__file__).parent]
+        done = subprocess.run(command, env={**os.environ, **faults.env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *outcomes, last = json.loads(done.stdout.splitlines()[-1])
+    # Unseen are the two files that the test writes, and what only fills the space between torch's records.
+    assert last == "untouched" and outcomes.count("") <= 3
+    for name in ("unet.safetensors", "optimizer.step.safetensors", "optimizer.exp_avg.safetensors"):
+        assert any(f"{name} reads back differently from what was written" in outcome for outcome in outcomes), name
+    assert any("optimizer.pt reads back differently" in outcome for outcome in outcomes)
+    assert any("step_000004 reads back wrong (it has no readable manifest" in outcome for outcome in outcomes)
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):

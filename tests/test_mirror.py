@@ -86,7 +86,7 @@ def test_the_end_does_not_wait_for_a_home_that_moves_nothing(fast):
     assert f"resume/step_000004 is not at {home} (state reads back differently){kept}" in corrupt
     assert f"model is not at {home} (No space left on device){kept}" in full
     assert stalled[0] == f"resume/step_000004 is not at {home} (nothing moved for 0.2 seconds){kept}"
-    assert hurried[0] == f"resume/step_000004 is not at {home} (there was no time){kept}"
+    assert f"resume/step_000004 is not at {home} (there was no time){kept}" in hurried
     assert [len(sentences) for sentences in (corrupt, stalled, hurried)] == [3, 3, 3]
     assert "resume/step_000004" in [*shown["waiting"], (shown["copying"] or {}).get("name")]
 
@@ -155,7 +155,9 @@ def test_the_last_checkpoints_stay_at_home_and_the_older_ones_are_emptied_and_re
     home.mkdir()
 
     def save(step):
-        write = lambda folder: (folder / "weights").write_text(str(step) * 100)  # noqa: E731
+        def write(folder):
+            (folder / "weights").write_text(str(step) * 100)
+
         return commit(step_folder(local / "checkpoints", step), step, write, {}).folder
 
     for step in (2, 4, 6):

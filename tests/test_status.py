@@ -76,9 +76,13 @@ def at_work(folder):
         process.stdin.close()
 
 
+def write_five(folder):
+    (folder / "a").write_bytes(b"12345")
+
+
 def save(folder, step):
     """Commit a small state of a step."""
-    commit(step_folder(folder / "resume", step), step, lambda partial: (partial / "a").write_bytes(b"12345"), {})
+    commit(step_folder(folder / "resume", step), step, write_five, {})
 
 
 def lines_of(shown):
@@ -367,7 +371,7 @@ def test_a_run_that_is_copied_home_shows_both_places_whichever_is_asked_for(mirr
 
 def test_a_finished_run_that_is_not_home_yet_says_what_this_disk_alone_holds(mirrored):
     home, local = mirrored
-    commit(local / "model", 8, lambda partial: (partial / "a").write_bytes(b"12345"), {})
+    commit(local / "model", 8, write_five, {})
     lines = lines_of(status(home))
     assert lines[0] == "dog: step 8 of 8 (100%), finished"
     assert "  steps lost if it stopped now: 0; 4 if this machine's disk went too" in lines
