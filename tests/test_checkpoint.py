@@ -300,7 +300,7 @@ def test_a_disk_that_writes_a_wrong_bit_is_noticed_wherever_dbkit_writes(tmp_pat
     assert last == "untouched" and outcomes.count("") <= 3
     for name in ("unet.safetensors", "optimizer.step.safetensors", "optimizer.exp_avg.safetensors"):
         assert any(f"{name} reads back differently from what was written" in outcome for outcome in outcomes), name
-    assert any("optimizer.pt reads back differently" in outcome for outcome in outcomes)
+    assert any("scaler.pt reads back differently" in outcome for outcome in outcomes)
     assert any("step_000004 reads back wrong (it has no readable manifest" in outcome for outcome in outcomes)
 
 
