@@ -93,8 +93,9 @@ def make_model(folder: Path, family: str, width: str, dtype: torch.dtype) -> Non
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
         from transformers import CLIPTextConfig, CLIPTextModel
 
-    is_sd2, is_v, full = family != "sd1", family == "sd2-v", width == "full"
-    text_width = (1024 if is_sd2 else 768) if full else 96
+    is_sd2, is_v = family != "sd1", family == "sd2-v"
+    full, quarter = width == "full", width == "quarter"
+    text_width = (1024 if is_sd2 else 768) if full else 192 if quarter else 96
     pads = {"pad_token": "!"} if is_sd2 else {}
     vocabulary, merges = clip_like_tables()
     text = CLIPTextConfig(
@@ -113,7 +114,10 @@ def make_model(folder: Path, family: str, width: str, dtype: torch.dtype) -> Non
         modules = {
             "unet": UNet2DConditionModel(
                 sample_size=96 if is_v else 64,
-                block_out_channels=(320, 640, 1280, 1280) if full else (32, 64, 128, 128),
+                block_out_channels=(
+                    (320, 640, 1280, 1280) if full else (80, 160, 320, 320) if quarter else (32, 64, 128, 128)
+                ),
+                norm_num_groups=16 if quarter else 32,
                 cross_attention_dim=text_width,
                 attention_head_dim=([5, 10, 20, 20] if full else [1, 1, 2, 2]) if is_sd2 else 8,
                 use_linear_projection=is_sd2,
