@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Run by nbval in order, in a workspace seeded with settings that end soon, so that a person and CI take one path.
 notebooks: $(READY)

@@ -47,7 +47,7 @@ setup(
             "peft>=0.12",
             "pillow-heif>=0.16",
             "pytest>=8",
-            "pytest-xdist>=3.5",
+            "pytest-xdist>=3.7",
             "pytorch_optimizer>=3.0",
             "rapidocr>=3.0",
             "ruff>=0.6",

@@ -3,10 +3,11 @@
     python benchmarks/train_step.py --peer "diffusers=python /path/to/examples/dreambooth/train_dreambooth.py"
 
 Each peer is a name and a command: variables of its environment, its interpreter (which may have older libraries), its
-script. dbkit and the peers run as whole processes, in turns, `--rounds` times, and what counts is the ratio within a
-round. A step's time is the median between two passes of the U-Net, in CPU seconds on a CPU and in wall seconds on a
-GPU. The model is Stable Diffusion 1.5 with every width divided by four, at 256 px, or with --width full the real size
-at 512 px; the weights are random, so no download is needed.
+script. Beside a torch for the CPU, torchvision needs PROBE_TORCHVISION=1; a diffusers before 0.18 needs OLD_NAMES=1.
+dbkit and the peers run as whole processes, in turns, `--rounds` times, and what counts is the ratio within a round. A
+step's time is the median between two passes of the U-Net, in CPU seconds on a CPU and in wall seconds on a GPU. The
+model is Stable Diffusion 1.5 with every width divided by four, at 256 px, or with --width full the real size at 512 px;
+the weights are random, so no download is needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -50,6 +53,22 @@ def make_data(folder: Path) -> dict[str, Path]:
             path = sample[number % len(sample)]
             (place / f"{number:02d}{path.suffix}").write_bytes(path.read_bytes())
     return made
+
+
+def with_old_names(model: Path) -> Path:
+    """A copy whose VAE has the names of attention that diffusers before 0.18 reads."""
+    copy = model.with_name(f"{model.name} with old names")
+    if not copy.exists():
+        shutil.copytree(model, copy)
+        path = copy / "vae" / "diffusion_pytorch_model.safetensors"
+        renamed = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        weights = {}
+        for name, tensor in load_file(path).items():
+            for new, old in renamed.items():
+                name = name.replace(f".{new}.", f".{old}.")
+            weights[name] = tensor.clone()
+        save_file(weights, path, metadata={"format": "pt"})
+    return copy
 
 
 def flags_of(case: dict[str, object], model: Path, data: dict[str, Path], output: Path, options) -> list[str]:
@@ -117,7 +136,8 @@ def measure(options, place: Path) -> dict:
             # Whoever goes first in one round goes last in the next.
             for who in list(commands)[:: -1 if number % 2 else 1]:
                 with tempfile.TemporaryDirectory(dir=place) as folder:
-                    flags = flags_of(CASES[name], model, data, Path(folder) / "output", options)
+                    base = with_old_names(model) if "OLD_NAMES=1" in commands[who] else model
+                    flags = flags_of(CASES[name], base, data, Path(folder) / "output", options)
                     if who == "dbkit":
                         flags.append("--auto_test_model=off")
                     probed = run(commands[who], flags, Path(folder))

@@ -25,6 +25,15 @@ from dbkit.tokenizer import load_tokenizer_tables
 torch.set_num_threads(1)
 
 
+# Files of few and long tests. They begin first, so that no process ends up alone with one of them.
+LONG = ("test_learning", "test_processes", "test_pipeline", "test_notebooks", "test_keeper", "test_train", "test_objectives")
+
+
+def pytest_collection_modifyitems(items):
+    """Order the files; within a file nothing changes."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture(autouse=True)
 def workspace_folder(tmp_path, monkeypatch):
     """Every test has a workspace of its own, and never the user's."""
