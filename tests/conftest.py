@@ -26,12 +26,14 @@ torch.set_num_threads(1)
 
 
 # Files of few and long tests. They begin first, so that no process ends up alone with one of them.
-LONG = ("test_learning", "test_processes", "test_pipeline", "test_notebooks", "test_keeper", "test_train", "test_objectives")
+LONG = ["learning", "processes", "pipeline", "notebooks", "keeper", "train", "every_setting", "kill", "demo"]
+LONG += ["downloads", "convert_check", "hub", "objectives"]
 
 
 def pytest_collection_modifyitems(items):
     """Order the files; within a file nothing changes."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 
 
 @pytest.fixture(autouse=True)

@@ -48,10 +48,6 @@ def test_a_subject_is_learnt_and_prior_preservation_limits_the_drift_of_its_clas
     assert kept.model.class_leak < adrift.model.class_leak - 0.2
 
 
-def test_a_patterned_subject_is_learnt_too(tmp_path):
-    check_subject(learning.learn_subject("clownfish", 0, True, tmp_path, num_per_prompt=2), 0.07)
-
-
 def test_a_lora_learns_a_subject_too(tmp_path):
     check_subject(learning.learn_subject("poodle", 0, True, tmp_path, num_per_prompt=2, **learning.LORA))
 
@@ -76,11 +72,8 @@ def shuffled(*arguments):
     ]
 
 
-@pytest.mark.parametrize(
-    ("name", "broken"), [("prior_preservation_loss", flipped), ("draw_batches", shuffled)], ids=["flipped", "shuffled"]
-)
-def test_a_broken_loss_does_not_pass_for_learning(monkeypatch, tmp_path, name, broken):
-    monkeypatch.setattr(MODULE, name, broken)
+def test_prompts_of_the_other_images_do_not_pass_for_learning(monkeypatch, tmp_path):
+    monkeypatch.setattr(MODULE, "draw_batches", shuffled)
     with pytest.raises((AssertionError, DbkitError), match=NOT_LEARNT):
         check_subject(learning.learn_subject("poodle", 0, True, tmp_path, num_per_prompt=2))
 
