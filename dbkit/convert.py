@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -16,7 +19,16 @@ from dbkit.config import ConvertConfig
 from dbkit.downloads import Place, fetch, find, is_folder
 from dbkit.errors import DbkitError, counted, some
 from dbkit.families import is_lora
-from dbkit.files import full_disk_is_a_sentence, require_space, share, sync, whole_file, write_text
+from dbkit.files import (
+    full_disk_is_a_sentence,
+    one_process,
+    require_space,
+    safe_name,
+    share,
+    sync,
+    whole_file,
+    write_text,
+)
 from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
@@ -77,8 +89,7 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
         raise DbkitError(
             f"{place} is a folder, so the destination is a file: end {destination} in .safetensors or .ckpt"
         )
-    if destination.exists() and not config.overwrite:
-        raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+    _require_new(config)
     if isinstance(place, Path) and destination.resolve().is_relative_to(place.resolve()):
         raise DbkitError(f"{destination} would lie in the model {place} itself; choose another destination")
     _require_hands(config)
@@ -98,15 +109,22 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
             "name, or set overwrite, which removes it"
         )
     noted = _notes(model, source, destination.stem, is_v, config.license)
-    with _Writer(config, tensors, destination) as writer, whole_file(destination) as partial:
+    with _Writer(config, tensors, destination) as writer, whole_file(destination, alone=True) as partial:
+        _require_new(config)
         writer.write(tensors, partial, suffix, noted)
         writer.finish()
         writer.prove(model, read_file(ConvertConfig(partial, destination), suffix))
+        _require_new(config)
         if told:
             write_text(beside, told)
         elif stale:
             beside.unlink()
     return _handed_out(config, destination, *([beside] if told else []))
+
+
+def _require_new(config: ConvertConfig) -> None:
+    if config.destination.exists() and not config.overwrite:
+        raise DbkitError(f"{config.destination} exists; choose another name, or set overwrite")
 
 
 def _require_hands(config: ConvertConfig) -> None:
@@ -177,14 +195,17 @@ def _notes(model: StoredModel, source: Path, title: str, is_v: bool, license: st
 def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of the destination when the block ends well.
 
-    require_free is asked once more then, for something else may have come there meanwhile.
+    require_free is asked once more then, for something else may have come there meanwhile. What a kill left of an
+    earlier conversion goes first, with the model that it was about to replace put back.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # Of a name that nobody else has: what is deleted in the end is dbkit's own.
-    place = Path(tempfile.mkdtemp(".partial", f".{destination.name[:80]}.", destination.parent))
-    new, old = place / "new", place / "old"
-    try:
-        with full_disk_is_a_sentence(destination.parent):
+    with one_process(destination, stays=False) as locked, full_disk_is_a_sentence(destination.parent):
+        if locked:
+            _restore(destination)
+        require_free()
+        # Of a name that nobody else has: what is deleted in the end is dbkit's own.
+        place = Path(tempfile.mkdtemp(_PARTIAL, _hidden(destination), destination.parent))
+        new, old = place / "new", place / "old"
+        try:
             yield new
             for path in new.rglob("*"):
                 if path.is_file():
@@ -193,10 +214,32 @@ def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterat
             if destination.exists():
                 destination.rename(old)
             new.rename(destination)
-    finally:
+        finally:
+            if old.exists() and not destination.exists():
+                old.rename(destination)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+_PARTIAL = ".partial"
+
+
+def _hidden(destination: Path) -> str:
+    """How the names of a destination's temporary folders begin, and of no other's."""
+    digest = hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:8]
+    return f".{safe_name(destination.name, 40)}-{digest}."
+
+
+def _restore(destination: Path) -> None:
+    """Remove what a killed conversion left beside the destination; the model that it had moved away comes back."""
+    for left in destination.parent.glob(f"{glob.escape(_hidden(destination))}*{_PARTIAL}"):
+        new, old = left / "new", left / "old"
         if old.exists() and not destination.exists():
             old.rename(destination)
-        shutil.rmtree(place, ignore_errors=True)
+            print(f"{destination} is back: a conversion that was killed had moved it away and put nothing in its place")
+        elif old.exists() and new.exists():
+            print(f"{old} is the model that a killed conversion moved away from {destination}; move it or delete it")
+            continue
+        shutil.rmtree(left, ignore_errors=True)
 
 
 class _Writer:

@@ -85,7 +85,7 @@ def extract_lora(config: ExtractLoraConfig) -> Path:
         )
     print(_summary(difference, config))
     adapters, second = difference.adapters, is_sd2({n: tensor.shape for n, tensor in weights["unet"][0].items()})
-    with whole_file(config.destination) as partial:
+    with whole_file(config.destination, alone=True) as partial:
         noted = _metadata(config, model, str(name), facts, second)
         write_lora(kohya_tensors(adapters), adapters, partial, config.save_precision, noted)
         _prove(partial, model, Source(str(name), revision=run.get("revision")))

@@ -237,7 +237,7 @@ def convert_lora(config: ConvertConfig) -> Path:
         names, made, noted = "diffusers'", _diffusers_tensors(adapters), {"format": "pt", **kept, **_note(adapters)}
     else:
         names, made, noted = "kohya's", kohya_tensors(adapters), {**_kohya_metadata(adapters, kept, config), **kept}
-    with whole_file(destination) as partial:
+    with whole_file(destination, alone=True) as partial:
         write_lora(made, adapters, partial, config.save_precision, noted)
     print(f"{counted(len(adapters), 'layer')}, now under {names} names, read back and equal")
     return destination

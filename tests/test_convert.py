@@ -774,3 +774,85 @@ def test_the_yaml_of_a_model_that_is_replaced_goes_with_it(model, sd2_v_model, t
         convert(model, made)
     convert(model, made, overwrite=True)
     assert not made.with_suffix(".yaml").exists()
+
+
+# Two at once, and kills.
+
+CHILD = """
+import sys
+from dbkit import convert
+module = sys.modules["dbkit.convert"]
+def prove(*_):
+    print("at work", flush=True)
+    sys.stdin.read()
+    return []
+module.prove = prove
+convert(sys.argv[1], sys.argv[2], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_is_at_work(model, file, tmp_path, direction):
+    source, made = (model, tmp_path / "made.safetensors") if direction == "to a file" else (file, tmp_path / "made")
+    command = [sys.executable, "-c", CHILD, str(source), str(made)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("at work" in line for line in iter(first.stdout.readline, ""))
+        with pytest.raises(DbkitError, match=rf"another process is at work on .*{made.name}; wait for it, or choose"):
+            convert(source, made)
+    finally:
+        first.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    with pytest.raises(DbkitError, match="exists; choose another name"):
+        convert(source, made)
+    if direction == "to a file":
+        assert_same_file(made, file)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no kill of this kind on Windows")
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_what_a_killed_conversion_leaves_goes_with_the_next(model, file, tmp_path, direction):
+    source, made = (model, tmp_path / "made.safetensors") if direction == "to a file" else (file, tmp_path / "made")
+    command = [sys.executable, "-c", CHILD, str(source), str(made)]
+    killed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert any("at work" in line for line in iter(killed.stdout.readline, ""))
+    killed.kill()
+    killed.communicate()
+    assert any("partial" in path.name for path in tmp_path.iterdir()) and not made.exists()
+    convert(source, made)
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+def test_a_model_that_a_kill_left_between_two_names_comes_back(model, file, copied, capsys):
+    program = """
+import os, sys
+from pathlib import Path
+from dbkit import convert
+rename = Path.rename
+def killed(self, target):
+    if self.name == "new":
+        os._exit(9)
+    return rename(self, target)
+Path.rename = killed
+convert(sys.argv[1], sys.argv[2], overwrite=True)
+"""
+    (copied / "unet" / "mine").touch()
+    done = subprocess.run([sys.executable, "-c", program, str(file), str(copied)])
+    assert done.returncode == 9 and not copied.exists()
+    with pytest.raises(DbkitError, match="copied exists; choose another name, or set overwrite"):
+        convert(file, copied)
+    assert (copied / "unet" / "mine").exists()
+    assert f"{copied} is back: a conversion that was killed had moved it away" in capsys.readouterr().out
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+    convert(file, copied, overwrite=True)
+    assert_same_model(model, copied)
+
+
+def test_a_model_that_a_kill_left_is_named_where_another_took_its_place(file, tmp_path, capsys):
+    convert(file, tmp_path / "made")
+    left = tmp_path / f"{sys.modules['dbkit.convert']._hidden(tmp_path / 'made')}x.partial"
+    for name in ("old", "new"):
+        (left / name).mkdir(parents=True)
+    convert(file, tmp_path / "made", overwrite=True)
+    assert f"{left / 'old'} is the model that a killed conversion moved away" in capsys.readouterr().out
+    assert (left / "old").is_dir()
