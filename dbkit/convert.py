@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from dbkit.config import ConvertConfig
 from dbkit.downloads import Place, fetch, find, is_folder
 from dbkit.errors import DbkitError, counted, some
-from dbkit.families import is_lora
+from dbkit.families import is_lora, require_usual, unusual
 from dbkit.files import (
     full_disk_is_a_sentence,
     one_process,
@@ -50,7 +50,7 @@ from dbkit.tensor_files import (
     write_ckpt,
     write_safetensors,
 )
-from dbkit.tokenizer import SD2_PAD, load_tokenizer, load_tokenizer_tables
+from dbkit.tokenizer import SD2_PAD, added_words, load_tokenizer, load_tokenizer_tables
 from dbkit.workspace import download, require_download
 
 if TYPE_CHECKING:
@@ -96,6 +96,7 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_folder(config)
+    _require_carried(config, model, source)
     tensors = to_original(model.weights, model.family.is_sd2, model.family.name, source)
     # User interfaces take a model for one that predicts noise, or guess, unless this file tells them.
     is_v = model.configs["scheduler"].get("prediction_type") == "v_prediction"
@@ -125,6 +126,22 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
 def _require_new(config: ConvertConfig) -> None:
     if config.destination.exists() and not config.overwrite:
         raise DbkitError(f"{config.destination} exists; choose another name, or set overwrite")
+
+
+def _require_carried(config: ConvertConfig, model: StoredModel, source: Path) -> None:
+    """Raise DbkitError for what no file carries to user interfaces; say what dbkit alone reads from its file."""
+    is_sd2 = model.family.is_sd2
+    require_usual(model.configs, is_sd2, source, config.pretrained_vae_name_or_path)
+    if words := added_words(source / "tokenizer"):
+        raise DbkitError(
+            f"the tokenizer of {source} has added words ({some(words)}), which no file carries; use it as a folder, or "
+            "take a model without them"
+        )
+    if odd := unusual(model.configs, is_sd2):
+        print(
+            f"user interfaces will make other pictures from {config.destination} than the model does, unless they are "
+            f"told of its {', '.join(odd)}; dbkit reads that from its note in the file"
+        )
 
 
 def _require_hands(config: ConvertConfig) -> None:
@@ -242,6 +259,10 @@ def _restore(destination: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+# This share of a tensor's values becoming zero in a narrower type is worth a word.
+_MANY = 0.01
+
+
 class _Writer:
     """Writes tensors in the precision asked for and compares what lies on the disk with the source, under one bar."""
 
@@ -251,6 +272,8 @@ class _Writer:
         self.source, self.destination, self.precision = config.source, destination, config.save_precision
         self.dtype = precision_dtype(config.save_precision)
         self.faults: dict[str, int] = {}
+        # How many values became zero, where they are many.
+        self.vanished: dict[str, int] = {}
         needed = sum(self._cast(name, tensor).nbytes for name, tensor in tensors.items())
         require_space(destination.parent, needed, str(destination))
         # Each byte is written and read back.
@@ -274,6 +297,10 @@ class _Writer:
             cast = values.to(dtype)
             if not is_finite(cast):
                 self.faults[name] = int((~cast.isfinite()).sum())
+            if dtype.itemsize < tensor.dtype.itemsize:
+                vanished = int(values.count_nonzero() - cast.count_nonzero())
+                if vanished > _MANY * values.numel():
+                    self.vanished[name] = vanished
             return cast
 
         return tensor.changed(change, dtype=dtype)
@@ -322,7 +349,13 @@ class _Writer:
         print(table(proofs))
 
     def finish(self) -> None:
-        """Raise DbkitError if any value was no number: such a file would be black pictures."""
+        """Raise DbkitError if any value was no number: such a file would be black pictures. Say if many became zero."""
+        if self.vanished:
+            values, names = counted(sum(self.vanished.values()), "value"), some(list(self.vanished))
+            self.bar.write(
+                f"{values} in {names} became zero, being too small for {self.precision}; set save_precision to bf16 or "
+                "fp32 to keep them"
+            )
         if self.faults:
             values = counted(sum(self.faults.values()), "value")
             precision = self.precision or "their type"

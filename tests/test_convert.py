@@ -395,6 +395,18 @@ def test_values_that_do_not_fit_in_fp16_are_refused_by_name(copied, file, tmp_pa
     assert destination.exists()
 
 
+def test_many_values_that_become_zero_in_fp16_are_counted_and_said(copied, tmp_path, capsys):
+    path = copied / "unet" / WEIGHTS["unet"]
+    weights = load_file(path)
+    weights["conv_in.bias"][:5] = 1e-12
+    write(path, weights)
+    convert(copied, tmp_path / "half.safetensors", save_precision="fp16")
+    said = capsys.readouterr().out
+    assert f"5 values in {UNET}input_blocks.0.0.bias became zero, being too small for fp16; set save_precision" in said
+    convert(copied, tmp_path / "whole.safetensors")
+    assert "became zero" not in capsys.readouterr().out
+
+
 def test_values_that_are_no_numbers_are_refused_in_any_precision(file, tmp_path):
     path = changed(file, tmp_path / "nan.safetensors", lambda tensors: tensors[UNET + "out.2.bias"].fill_(torch.nan))
     with pytest.raises(DbkitError, match=r"has 4 values in unet conv_out\.bias that are no numbers .*; take another"):
@@ -469,6 +481,95 @@ def test_a_text_encoder_that_user_interfaces_compute_differently_is_refused(copi
     path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_act": "gelu"}))
     expected = r"copied has hidden_act gelu, and user interfaces compute Stable Diffusion 1 with quick_gelu; if"
     with pytest.raises(DbkitError, match=expected):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+def change_settings(folder: Path, name: str, **changes) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "usual"),
+    [
+        ("scheduler/scheduler_config.json", "beta_schedule", "linear", "scaled_linear"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02, 0.012),
+        ("vae/config.json", "scaling_factor", 0.13025, 0.18215),
+        ("vae/config.json", "shift_factor", 0.1, None),
+        ("unet/config.json", "norm_eps", 1e-6, 1e-05),
+        ("unet/config.json", "act_fn", "gelu", "silu"),
+        ("unet/config.json", "flip_sin_to_cos", False, True),
+        ("unet/config.json", "freq_shift", 1, 0),
+    ],
+)
+def test_settings_that_no_file_carries_are_refused(copied, tmp_path, name, setting, value, usual):
+    change_settings(copied, name, **{setting: value})
+    expected = rf"the {name.split('/')[0]} of .*copied has {setting} {value}, and user .* 1 with {usual}, so its file"
+    with pytest.raises(DbkitError, match=expected):
+        convert(copied, tmp_path / "made.safetensors")
+    assert not (tmp_path / "made.safetensors").exists()
+
+
+def test_a_schedule_without_its_settings_is_that_of_diffusers(copied, tmp_path):
+    (copied / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
+    with pytest.raises(DbkitError, match=r"has beta_start 0\.0001, and user interfaces compute .* with 0\.00085"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+def test_another_vae_with_another_scale_is_refused_by_its_name(model, copied, tmp_path):
+    change_settings(copied, "vae/config.json", scaling_factor=0.13025)
+    with pytest.raises(DbkitError, match=r"the VAE .*copied has scaling_factor 0\.13025, and user interfaces"):
+        convert(model, tmp_path / "made.safetensors", pretrained_vae_name_or_path=str(copied))
+
+
+def test_heads_that_user_interfaces_do_not_find_out_are_said(copied, twelve_heads, tmp_path, capsys):
+    change_settings(copied, "unet/config.json", attention_head_dim=4, norm_num_groups=16)
+    convert(copied, tmp_path / "made.safetensors")
+    said = capsys.readouterr().out
+    assert "user interfaces will make other pictures from" in said
+    assert "attention_head_dim of the U-Net [4, 4, 4, 4] (they take [8, 8, 8, 8])" in said
+    assert "norm_num_groups of the U-Net 16 (they take 32)" in said
+    assert "num_attention_heads of the text encoder 4 (they take 12)" in said
+    convert(twelve_heads, tmp_path / "usual.safetensors")
+    assert "other pictures" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_tokenizer_with_added_words_is_refused(copied, tmp_path, where):
+    folder = copied / "tokenizer"
+    if where == "added_tokens.json":
+        (folder / where).write_text(json.dumps({"<zwx>": 514}))
+    elif where == "tokenizer_config.json":
+        change_settings(folder, where, added_tokens_decoder={"514": {"content": "<zwx>"}})
+    else:
+        change_settings(folder, where, added_tokens=[{"id": 514, "content": "<zwx>"}])
+    with pytest.raises(DbkitError, match=r"the tokenizer of .*copied has added words \(<zwx>\), which no file carries"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_a_text_encoder_under_both_of_its_spellings_is_refused(copied, file, tmp_path, direction):
+    name = "final_layer_norm.bias"
+    if direction == "to a file":
+        path = copied / "text_encoder" / WEIGHTS["text_encoder"]
+        weights = load_file(path)
+        write(path, {**weights, name: torch.zeros_like(weights[f"text_model.{name}"])})
+        source, destination = copied, tmp_path / "made.safetensors"
+    else:
+
+        def add(tensors):
+            tensors[TEXT + name] = torch.zeros_like(tensors[f"{TEXT}text_model.{name}"])
+
+        source, destination = changed(file, tmp_path / "both.safetensors", add), tmp_path / "made"
+    with pytest.raises(DbkitError, match=rf"the text encoder is there twice, with text_model\.{name} and {name}; keep"):
+        convert(source, destination)
+
+
+def test_a_vae_under_both_of_its_spellings_is_refused(copied, tmp_path):
+    path = copied / "vae" / WEIGHTS["vae"]
+    weights, name = load_file(path), "decoder.mid_block.attentions.0.to_q.bias"
+    write(path, {**weights, name.replace("to_q", "query"): torch.zeros_like(weights[name])})
+    with pytest.raises(DbkitError, match=r"the VAE has decoder\.mid_block\.attentions\.0\.to_q\.bias under two names"):
         convert(copied, tmp_path / "made.safetensors")
 
 

@@ -219,9 +219,9 @@ def other_vae(tmp_path_factory):
     from conftest import make_random_model
 
     folder = make_random_model(tmp_path_factory.mktemp("models") / "other", seed=9)
+    tensors, _ = open_tensors(convert(folder, folder.parent / "other.safetensors"))
     settings = folder / "vae" / "config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "scaling_factor": 0.5}))
-    tensors, _ = open_tensors(convert(folder, folder.parent / "other.safetensors"))
     return folder, {name: tensor.read() for name, tensor in tensors.items() if name.startswith(VAE)}
 
 
