@@ -21,6 +21,7 @@ from dbkit.errors import DbkitError, DiskError
 # Characters that Windows refuses in names. Everything else, in any script, stays.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+_MOST_BYTES = 200
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -163,7 +164,9 @@ def move_aside(path: Path) -> Path:
 
 def safe_name(text: str, limit: int = 80) -> str:
     """text as a file name that every system takes; letters of any script stay."""
-    name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit].strip(" .-") or "unnamed"
+    name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit]
+    # File systems count 255 bytes, of which suffixes and temporary names need some.
+    name = name.encode(errors="ignore")[:_MOST_BYTES].decode(errors="ignore").strip(" .-") or "unnamed"
     # Windows reserves these names with any suffix, so the mark goes before the first dot.
     return _RESERVED.sub(r"\1-\2", name) if _RESERVED.match(name) else name
 
