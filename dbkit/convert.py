@@ -69,6 +69,7 @@ def convert(config: ConvertConfig) -> Path:
     tensor, and by what both compute from the same inputs. Raises DbkitError for other families and damaged files.
     """
     place = find(config.source, _FILES)
+    config = replace(config, destination=_reached(config.destination))
     if is_folder(place):
         return _to_file(config, place)
     to_file = config.destination.suffix.lower() == SAFETENSORS and not str(place).lower().endswith(".ckpt")
@@ -82,9 +83,28 @@ def convert(config: ConvertConfig) -> Path:
     return _to_folder(config, place)
 
 
+def _reached(destination: Path) -> Path:
+    """The destination, or the folder that it is a link to. Raises DbkitError where nothing can be put there."""
+    try:
+        found = destination.resolve()
+        broken = [path for path in (destination, *destination.parents) if path.is_symlink() and not path.exists()]
+    except (OSError, RuntimeError):  # links that lead round in a circle
+        broken = [destination]
+    if broken:
+        raise DbkitError(f"{broken[0]} is a link that leads nowhere; remove it or choose another destination")
+    if files := [path for path in destination.parents if path.is_file()]:
+        raise DbkitError(f"{files[0]} is a file, and {destination} would lie in it; choose another destination")
+    # File systems take names of 255 bytes, of which those of temporary files need some.
+    if len(os.fsencode(destination.name)) > 240:
+        raise DbkitError(f"the name of {destination} is too long; choose a shorter one")
+    if Path.cwd().is_relative_to(found):
+        raise DbkitError(f"{destination} is the folder that you are in, or holds it; give the name of another one")
+    return found if destination.is_symlink() and destination.is_dir() else destination
+
+
 def _to_file(config: ConvertConfig, place: Place) -> Path:
     destination = config.destination
-    suffix, beside = destination.suffix.lower(), config_beside(destination)
+    suffix = destination.suffix.lower()
     if suffix not in _FILES:
         raise DbkitError(
             f"{place} is a folder, so the destination is a file: end {destination} in .safetensors or .ckpt"
@@ -93,6 +113,7 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
     if isinstance(place, Path) and destination.resolve().is_relative_to(place.resolve()):
         raise DbkitError(f"{destination} would lie in the model {place} itself; choose another destination")
     _require_hands(config)
+    beside = config_beside(destination)
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_folder(config)
@@ -173,10 +194,10 @@ def _to_folder(config: ConvertConfig, place: Place) -> Path:
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_file(config)
-    modules = empty_modules(model, source)
+    models = _without_weights(model, config)
     everything = {f"{part} {name}": t for part, weights in model.weights.items() for name, t in weights.items()}
     with _Writer(config, everything, destination) as writer, _whole_folder(destination, require_free) as partial:
-        _write_rest(model, modules, config, partial)
+        save_all_but_weights(models, partial)
         for part, weights in model.weights.items():
             path = partial / part / WEIGHTS[part]
             writer.write(weights, path, SAFETENSORS, {"format": "pt"}, f"{part} ")
@@ -365,19 +386,27 @@ class _Writer:
             )
 
 
-def _write_rest(model: StoredModel, modules: dict[str, torch.nn.Module], config: ConvertConfig, folder: Path) -> None:
-    """Everything of a diffusers folder but the weights."""
+def _without_weights(model: StoredModel, config: ConvertConfig) -> Models:
+    """Everything of a diffusers folder but the weights. Raises DbkitError where notes in a file are of no model."""
     with quiet():
         from diffusers import DDPMScheduler
 
-    if model.tokenizer:
-        tables = model.tokenizer
-        tokenizer = load_tokenizer_tables(tables["vocab"], tables["merges"], model.configs["tokenizer"])
-    else:
-        pad = {"pad_token": SD2_PAD} if model.family.is_sd2 else {}
-        tokenizer = load_tokenizer(config.tokenizer_name, **pad)
-    settings = model.configs["scheduler"]
+    modules, settings = empty_modules(model, config.source), model.configs["scheduler"]
     with quiet():
         noise_scheduler = DDPMScheduler.from_config(settings)
-    models = Models(tokenizer=tokenizer, noise_scheduler=noise_scheduler, scheduler_config=settings, **modules)
-    save_all_but_weights(models, folder)
+    if not model.tokenizer:
+        pad = {"pad_token": SD2_PAD} if model.family.is_sd2 else {}
+        tokenizer = load_tokenizer(config.tokenizer_name, **pad)
+    else:
+        tables = model.tokenizer
+        try:
+            tokenizer = load_tokenizer_tables(tables["vocab"], tables["merges"], model.configs["tokenizer"])
+            if type(tokenizer.model_max_length) is not int:
+                raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
+        except Exception as error:  # the tokenizers library has none but this
+            reason = " ".join(str(error).split())[:200]
+            raise DbkitError(
+                f"the tokenizer that dbkit noted in {config.source} cannot be made ({reason}); download or copy the "
+                "file again"
+            ) from error
+    return Models(tokenizer=tokenizer, noise_scheduler=noise_scheduler, scheduler_config=settings, **modules)

@@ -117,6 +117,8 @@ def _adapters(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: 
     others = []
     for name, tensor in tensors.items():
         kind = None
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise DbkitError(f"{path} has {name} in {str(tensor.dtype)[6:]}; take the file in fp16, bf16 or fp32")
         if (match := _WEIGHT.fullmatch(name)) and tensor.ndim > 1 and tensor.numel() and tensor.is_floating_point():
             kind, layer = "down" if match[2] in ("down", "A") else "up", match[1]
         elif name.endswith(".alpha") and tensor.numel() == 1:

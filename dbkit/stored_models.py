@@ -14,7 +14,16 @@ from dbkit.errors import DbkitError
 from dbkit.families import Family, find_family, hidden_act, model_configs, original_shapes, vae_config
 from dbkit.layouts import from_original, modern_names, vae_from_original
 from dbkit.libraries import library_errors, quiet
-from dbkit.models import load_state_dict, load_vae, model_facts, read_config, state_dict, vae_folder, weight_files
+from dbkit.models import (
+    load_state_dict,
+    load_vae,
+    model_facts,
+    read_config,
+    require_sample_size,
+    state_dict,
+    vae_folder,
+    weight_files,
+)
 from dbkit.original_config import config_beside, read_prediction_type
 from dbkit.tensor_files import PICKLES, SAFETENSORS, Stored, held, open_tensors
 from dbkit.tokenizer import tokenizer_tables
@@ -112,10 +121,16 @@ def _noted(metadata: dict[str, Any], source: Path) -> dict[str, Any] | None:
         facts = json.loads(metadata[METADATA])
         if not all(isinstance(facts["configs"][part], dict) for part in _PARTS_WITH_SETTINGS):
             raise ValueError("its settings are none")
+        said = facts["configs"]["scheduler"].get("prediction_type")
+        if not (said is None or isinstance(said, str)):
+            raise ValueError("its prediction_type is none")
         tables = facts["tokenizer"]
-        if not (tables is None or (isinstance(tables["vocab"], dict) and isinstance(tables["merges"], list))):
+        if tables is not None and not (
+            all(type(number) is int for number in tables["vocab"].values())
+            and all(isinstance(merge, str) for merge in tables["merges"])
+        ):
             raise ValueError("its tokenizer is none")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DbkitError(
             f"{source} is damaged or not a checkpoint (what dbkit noted in it: {error}); download or copy it again"
         ) from error
@@ -175,6 +190,14 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
         from transformers import CLIPTextConfig, CLIPTextModel
 
     configs, name = model.configs, model.family.name
+    for part, weights in model.weights.items():
+        for key, tensor in weights.items():
+            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise DbkitError(
+                    f"{source} has {part} {key} in {kind}, as quantised models do; take one in fp16, bf16 or fp32"
+                )
+    _require_settings(configs, source)
     try:
         with quiet(), init_empty_weights(include_buffers=False):
             modules = {
@@ -182,7 +205,7 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
                 "vae": AutoencoderKL.from_config(configs["vae"]),
                 "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
             }
-    except (*library_errors(), TypeError) as error:
+    except (*library_errors(), LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DbkitError(
             f"{source} has the widths of no {name} model ({reason}), and nothing in the file says more; "
@@ -201,3 +224,24 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
                 f"{source} is not a whole {name} model; its {part}: {' '.join(' '.join(lines).split())[:600]}"
             ) from error
     return modules
+
+
+def _require_settings(configs: dict[str, Any], source: Path) -> None:
+    """Raise DbkitError for settings of the scheduler, and a size, that cannot be."""
+    with quiet():
+        from diffusers import DDPMScheduler
+
+    settings = configs["scheduler"]
+    try:
+        require_sample_size(configs["unet"])
+        if not isinstance(settings.get("_class_name", ""), str):
+            raise ValueError(f"_class_name of its scheduler is {settings['_class_name']!r}")
+        if (said := settings.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type of its scheduler is {said!r}")
+        with quiet():
+            DDPMScheduler.from_config(settings)
+    except (*library_errors(), LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DbkitError(
+            f"the settings of {source} are not those of a model ({reason}); copy the model again"
+        ) from error

@@ -573,6 +573,80 @@ def test_a_vae_under_both_of_its_spellings_is_refused(copied, tmp_path):
         convert(copied, tmp_path / "made.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "said"),
+    [
+        ("scheduler/scheduler_config.json", "_class_name", 5, "_class_name of its scheduler is 5"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x", ".*"),
+        ("unet/config.json", "sample_size", [64, 96], r"sample_size of its unet is \[64, 96\] and no whole number"),
+        ("unet/config.json", "sample_size", 0, "sample_size of its unet is 0 and no whole number above 0"),
+        ("unet/config.json", "sample_size", True, "sample_size of its unet is True and no whole number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(copied, tmp_path, name, setting, value, said):
+    change_settings(copied, name, **{setting: value})
+    with pytest.raises(DbkitError, match=rf"the settings of .*copied are not those of a model \({said}.*\); copy the"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "said"),
+    [
+        ("scheduler", "prediction_type", [1], "what dbkit noted in it: its prediction_type is none"),
+        ("scheduler", "prediction_type", "sample", "predicts sample by the settings in it and epsilon by"),
+        ("scheduler", "_class_name", [1], r"_class_name of its scheduler is \[1\]"),
+        ("scheduler", "beta_start", "x", "the settings of .* are not those of a model"),
+        ("scheduler", "num_train_timesteps", {}, "the settings of .* are not those of a model"),
+        ("unet", "sample_size", "64", "sample_size of its unet is '64' and no whole number"),
+        ("vae", "block_out_channels", [], "has the widths of no Stable Diffusion 1 model"),
+        ("text_encoder", "num_hidden_layers", "x", "has the widths of no Stable Diffusion 1 model"),
+        ("tokenizer", "model_max_length", [1], r"the tokenizer that dbkit noted in .* \(model_max_length is \[1\]\)"),
+    ],
+)
+def test_notes_of_another_type_are_said(file, tmp_path, part, setting, value, said):
+    metadata = metadata_of(file)
+    facts = json.loads(metadata["dbkit"])
+    facts["configs"][part][setting] = value
+    write(tmp_path / "odd.safetensors", load_file(file), {**metadata, "dbkit": json.dumps(facts)})
+    with pytest.raises(DbkitError, match=said):
+        convert(tmp_path / "odd.safetensors", tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+
+
+@pytest.mark.parametrize("tables", [{"vocab": {"a": "x"}}, {"vocab": {"a": True}}, {"merges": [1]}, {"vocab": [1]}])
+def test_a_noted_tokenizer_of_another_type_is_said(file, tmp_path, tables):
+    metadata = metadata_of(file)
+    facts = json.loads(metadata["dbkit"])
+    facts["tokenizer"] |= tables
+    write(tmp_path / "odd.safetensors", load_file(file), {**metadata, "dbkit": json.dumps(facts)})
+    with pytest.raises(DbkitError, match=r"odd\.safetensors is damaged .*what dbkit noted in it"):
+        convert(tmp_path / "odd.safetensors", tmp_path / "made")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8, torch.uint16])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_weights_of_types_that_no_model_has_are_refused(file, tmp_path, dtype, suffix):
+    tensors, path = load_file(file), tmp_path / f"odd{suffix}"
+    tensors[UNET + "out.2.bias"] = tensors[UNET + "out.2.bias"].to(dtype)
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors, "dbkit": metadata_of(file)["dbkit"]}, path)
+    else:
+        write(path, tensors, metadata_of(file))
+    with pytest.raises(
+        DbkitError, match=r"odd\.\w+ has .*(out\.2|conv_out)\.bias in .*; take .* in fp16, bf16 or fp32"
+    ):
+        convert(path, tmp_path / "made")
+
+
+def test_a_vae_whose_attention_is_no_convolution_of_one_pixel_is_refused(file, tmp_path):
+    name = VAE + "decoder.mid.attn_1.q.weight"
+    path = changed(
+        file, tmp_path / "odd.safetensors", lambda tensors: tensors.update({name: torch.zeros(96, 96, 3, 3)})
+    )
+    with pytest.raises(DbkitError, match=r"odd\.safetensors is not a whole .*; its vae: size mismatch for decoder"):
+        convert(path, tmp_path / "made")
+
+
 def test_a_text_encoder_with_all_layers_of_open_clip_is_refused(sd2_model, tmp_path):
     folder = shutil.copytree(sd2_model, tmp_path / "whole")
     settings = json.loads((folder / "text_encoder" / "config.json").read_text())
@@ -875,6 +949,44 @@ def test_the_yaml_of_a_model_that_is_replaced_goes_with_it(model, sd2_v_model, t
         convert(model, made)
     convert(model, made, overwrite=True)
     assert not made.with_suffix(".yaml").exists()
+
+
+def test_the_folder_that_one_is_in_is_no_destination(model, file, tmp_path, monkeypatch):
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deeper")
+    for destination in (".", "..", tmp_path / "here"):
+        with pytest.raises(DbkitError, match="is the folder that you are in, or holds it; give the name of another"):
+            convert(file, destination, overwrite=True)
+    with pytest.raises(DbkitError, match="is the folder that you are in"):
+        convert(model, ".")
+
+
+def test_links_that_lead_nowhere_are_no_destinations(model, file, tmp_path):
+    for name, target in (("round", "round"), ("gone", "nowhere"), ("round.ckpt", "round.ckpt")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for source, name in ((file, "round"), (file, "round/made"), (file, "gone"), (model, "round.ckpt")):
+        with pytest.raises(
+            DbkitError, match=r"(round|gone|round.ckpt|made) is a link that leads nowhere; remove it or"
+        ):
+            convert(source, tmp_path / name)
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(model, file, copied, tmp_path):
+    (copied / "unet" / "old").touch()
+    (tmp_path / "link").symlink_to(copied)
+    with pytest.raises(DbkitError, match="copied exists; choose another name, or set overwrite"):
+        convert(file, tmp_path / "link")
+    convert(file, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").readlink() == copied and not (copied / "unet" / "old").exists()
+    assert_same_model(model, copied)
+
+
+def test_names_that_no_file_system_takes_are_said(file, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(DbkitError, match=r"notes is a file, and .*made would lie in it; choose another destination"):
+        convert(file, tmp_path / "notes" / "made")
+    with pytest.raises(DbkitError, match="x is too long; choose a shorter one"):
+        convert(file, tmp_path / ("x" * 255))
 
 
 # Two at once, and kills.
