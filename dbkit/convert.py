@@ -152,7 +152,7 @@ def _require_new(config: ConvertConfig) -> None:
 def _require_carried(config: ConvertConfig, model: StoredModel, source: Path) -> None:
     """Raise DbkitError for what no file carries to user interfaces; say what dbkit alone reads from its file."""
     is_sd2 = model.family.is_sd2
-    require_usual(model.configs, is_sd2, source, config.pretrained_vae_name_or_path)
+    require_usual(model.configs, is_sd2, source, model.other_vae)
     if words := added_words(source / "tokenizer"):
         raise DbkitError(
             f"the tokenizer of {source} has added words ({some(words)}), which no file carries; use it as a folder, or "
@@ -367,6 +367,8 @@ class _Writer:
         changes = any(self._cast("", tensor).dtype != tensor.dtype for tensor in weights)
         proofs = prove(source, written, self.destination, self._cast if changes else None)
         self.bar.close()
+        if source.other_vae:
+            print(f"the VAE in it is {source.other_vae}")
         print(table(proofs))
 
     def finish(self) -> None:

@@ -49,6 +49,8 @@ class StoredModel:
     configs: dict[str, Any]
     # Vocabulary and merges, where they are not CLIP's.
     tokenizer: dict[str, Any] | None
+    # For sentences: the VAE that takes the place of the model's own.
+    other_vae: str | None = None
 
 
 def read_folder(config: ConvertConfig) -> StoredModel:
@@ -71,7 +73,8 @@ def read_folder(config: ConvertConfig) -> StoredModel:
             f"the text encoder of {source} has hidden_act {act}, and user interfaces compute {family.name} with "
             f"{hidden_act(family.is_sd2)}; if the model was trained so, set that in its text_encoder/config.json"
         )
-    model = StoredModel(family, weights, configs, None if usual else {"vocab": vocabulary, "merges": merges})
+    tables = None if usual else {"vocab": vocabulary, "merges": merges}
+    model = StoredModel(family, weights, configs, tables, _named(config))
     empty_modules(model, source)
     return model
 
@@ -110,7 +113,7 @@ def read_file(config: ConvertConfig, suffix: str = "") -> StoredModel:
         raise DbkitError(f"{source} is not a whole {family.name} model; it lacks {error}") from error
     configs = {**configs, "vae": noted_vae or configs["vae"]}
     configs["scheduler"] = {**configs["scheduler"], "prediction_type": prediction_type}
-    return StoredModel(family, weights, configs, facts["tokenizer"] if facts else None)
+    return StoredModel(family, weights, configs, facts["tokenizer"] if facts else None, _named(config))
 
 
 def _noted(metadata: dict[str, Any], source: Path) -> dict[str, Any] | None:
@@ -162,6 +165,12 @@ def _prediction_type(config: ConvertConfig, family: Family, metadata: dict[str, 
     return "epsilon"
 
 
+def _named(config: ConvertConfig) -> str | None:
+    """What sentences call the VAE that is put in; addresses without their queries."""
+    name = config.pretrained_vae_name_or_path
+    return str(find(name, _VAE_FILES)) if name else None
+
+
 def _other_vae(name: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The tensors and settings of a VAE by itself: a file, a folder, a Hugging Face id or the address of a file."""
     place = find(name, _VAE_FILES)
@@ -198,6 +207,12 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
                     f"{source} has {part} {key} in {kind}, as quantised models do; take one in fp16, bf16 or fp32"
                 )
     _require_settings(configs, source)
+    latents = configs["vae"].get("latent_channels"), configs["unet"].get("out_channels")
+    if model.other_vae and latents[0] != latents[1]:
+        raise DbkitError(
+            f"the VAE {model.other_vae} has {latents[0]} latent channels and {source} {latents[1]}; choose one of "
+            f"{name}"
+        )
     try:
         with quiet(), init_empty_weights(include_buffers=False):
             modules = {
@@ -219,10 +234,13 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
         try:
             load_state_dict(module, part, shapes, assign=True)
         except RuntimeError as error:
-            lines = str(error).strip().splitlines()[1:11]
-            raise DbkitError(
-                f"{source} is not a whole {name} model; its {part}: {' '.join(' '.join(lines).split())[:600]}"
-            ) from error
+            lines = " ".join(" ".join(str(error).strip().splitlines()[1:4]).split())
+            reason = lines if len(lines) < 300 else f"{lines[:300]}…"
+            if part == "vae" and model.other_vae:
+                fault = f"the VAE {model.other_vae} is not a whole one of {name}: {reason}"
+            else:
+                fault = f"{source} is not a whole {name} model; its {part}: {reason}"
+            raise DbkitError(fault) from error
     return modules
 
 
