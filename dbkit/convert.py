@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import glob
+import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -15,8 +18,17 @@ from typing import TYPE_CHECKING
 from dbkit.config import ConvertConfig
 from dbkit.downloads import Place, fetch, find, is_folder
 from dbkit.errors import DbkitError, counted, some
-from dbkit.families import is_lora
-from dbkit.files import full_disk_is_a_sentence, require_space, share, sync, whole_file, write_text
+from dbkit.families import is_lora, require_usual, unusual
+from dbkit.files import (
+    full_disk_is_a_sentence,
+    one_process,
+    require_space,
+    safe_name,
+    share,
+    sync,
+    whole_file,
+    write_text,
+)
 from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
@@ -38,7 +50,7 @@ from dbkit.tensor_files import (
     write_ckpt,
     write_safetensors,
 )
-from dbkit.tokenizer import SD2_PAD, load_tokenizer, load_tokenizer_tables
+from dbkit.tokenizer import SD2_PAD, added_words, load_tokenizer, load_tokenizer_tables
 from dbkit.workspace import download, require_download
 
 if TYPE_CHECKING:
@@ -57,6 +69,7 @@ def convert(config: ConvertConfig) -> Path:
     tensor, and by what both compute from the same inputs. Raises DbkitError for other families and damaged files.
     """
     place = find(config.source, _FILES)
+    config = replace(config, destination=_reached(config.destination))
     if is_folder(place):
         return _to_file(config, place)
     to_file = config.destination.suffix.lower() == SAFETENSORS and not str(place).lower().endswith(".ckpt")
@@ -70,21 +83,41 @@ def convert(config: ConvertConfig) -> Path:
     return _to_folder(config, place)
 
 
+def _reached(destination: Path) -> Path:
+    """The destination, or the folder that it is a link to. Raises DbkitError where nothing can be put there."""
+    try:
+        found = destination.resolve()
+        broken = [path for path in (destination, *destination.parents) if path.is_symlink() and not path.exists()]
+    except (OSError, RuntimeError):  # links that lead round in a circle
+        broken = [destination]
+    if broken:
+        raise DbkitError(f"{broken[0]} is a link that leads nowhere; remove it or choose another destination")
+    if files := [path for path in destination.parents if path.is_file()]:
+        raise DbkitError(f"{files[0]} is a file, and {destination} would lie in it; choose another destination")
+    # File systems take names of 255 bytes, of which those of temporary files need some.
+    if len(os.fsencode(destination.name)) > 240:
+        raise DbkitError(f"the name of {destination} is too long; choose a shorter one")
+    if Path.cwd().is_relative_to(found):
+        raise DbkitError(f"{destination} is the folder that you are in, or holds it; give the name of another one")
+    return found if destination.is_symlink() and destination.is_dir() else destination
+
+
 def _to_file(config: ConvertConfig, place: Place) -> Path:
     destination = config.destination
-    suffix, beside = destination.suffix.lower(), config_beside(destination)
+    suffix = destination.suffix.lower()
     if suffix not in _FILES:
         raise DbkitError(
             f"{place} is a folder, so the destination is a file: end {destination} in .safetensors or .ckpt"
         )
-    if destination.exists() and not config.overwrite:
-        raise DbkitError(f"{destination} exists; choose another name, or set overwrite")
+    _require_new(config)
     if isinstance(place, Path) and destination.resolve().is_relative_to(place.resolve()):
         raise DbkitError(f"{destination} would lie in the model {place} itself; choose another destination")
     _require_hands(config)
+    beside = config_beside(destination)
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_folder(config)
+    _require_carried(config, model, source)
     tensors = to_original(model.weights, model.family.is_sd2, model.family.name, source)
     # User interfaces take a model for one that predicts noise, or guess, unless this file tells them.
     is_v = model.configs["scheduler"].get("prediction_type") == "v_prediction"
@@ -98,15 +131,38 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
             "name, or set overwrite, which removes it"
         )
     noted = _notes(model, source, destination.stem, is_v, config.license)
-    with _Writer(config, tensors, destination) as writer, whole_file(destination) as partial:
+    with _Writer(config, tensors, destination) as writer, whole_file(destination, alone=True) as partial:
+        _require_new(config)
         writer.write(tensors, partial, suffix, noted)
         writer.finish()
         writer.prove(model, read_file(ConvertConfig(partial, destination), suffix))
+        _require_new(config)
         if told:
             write_text(beside, told)
         elif stale:
             beside.unlink()
     return _handed_out(config, destination, *([beside] if told else []))
+
+
+def _require_new(config: ConvertConfig) -> None:
+    if config.destination.exists() and not config.overwrite:
+        raise DbkitError(f"{config.destination} exists; choose another name, or set overwrite")
+
+
+def _require_carried(config: ConvertConfig, model: StoredModel, source: Path) -> None:
+    """Raise DbkitError for what no file carries to user interfaces; say what dbkit alone reads from its file."""
+    is_sd2 = model.family.is_sd2
+    require_usual(model.configs, is_sd2, source, model.other_vae)
+    if words := added_words(source / "tokenizer"):
+        raise DbkitError(
+            f"the tokenizer of {source} has added words ({some(words)}), which no file carries; use it as a folder, or "
+            "take a model without them"
+        )
+    if odd := unusual(model.configs, is_sd2):
+        print(
+            f"user interfaces will make other pictures from {config.destination} than the model does, unless they are "
+            f"told of its {', '.join(odd)}; dbkit reads that from its note in the file"
+        )
 
 
 def _require_hands(config: ConvertConfig) -> None:
@@ -138,10 +194,10 @@ def _to_folder(config: ConvertConfig, place: Place) -> Path:
     source = fetch(place, _FILES, config.sha256)
     config = replace(config, source=source)
     model = read_file(config)
-    modules = empty_modules(model, source)
+    models = _without_weights(model, config)
     everything = {f"{part} {name}": t for part, weights in model.weights.items() for name, t in weights.items()}
     with _Writer(config, everything, destination) as writer, _whole_folder(destination, require_free) as partial:
-        _write_rest(model, modules, config, partial)
+        save_all_but_weights(models, partial)
         for part, weights in model.weights.items():
             path = partial / part / WEIGHTS[part]
             writer.write(weights, path, SAFETENSORS, {"format": "pt"}, f"{part} ")
@@ -177,14 +233,17 @@ def _notes(model: StoredModel, source: Path, title: str, is_v: bool, license: st
 def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of the destination when the block ends well.
 
-    require_free is asked once more then, for something else may have come there meanwhile.
+    require_free is asked once more then, for something else may have come there meanwhile. What a kill left of an
+    earlier conversion goes first, with the model that it was about to replace put back.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    # Of a name that nobody else has: what is deleted in the end is dbkit's own.
-    place = Path(tempfile.mkdtemp(".partial", f".{destination.name[:80]}.", destination.parent))
-    new, old = place / "new", place / "old"
-    try:
-        with full_disk_is_a_sentence(destination.parent):
+    with one_process(destination, stays=False) as locked, full_disk_is_a_sentence(destination.parent):
+        if locked:
+            _restore(destination)
+        require_free()
+        # Of a name that nobody else has: what is deleted in the end is dbkit's own.
+        place = Path(tempfile.mkdtemp(_PARTIAL, _hidden(destination), destination.parent))
+        new, old = place / "new", place / "old"
+        try:
             yield new
             for path in new.rglob("*"):
                 if path.is_file():
@@ -193,10 +252,36 @@ def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterat
             if destination.exists():
                 destination.rename(old)
             new.rename(destination)
-    finally:
+        finally:
+            if old.exists() and not destination.exists():
+                old.rename(destination)
+            shutil.rmtree(place, ignore_errors=True)
+
+
+_PARTIAL = ".partial"
+
+
+def _hidden(destination: Path) -> str:
+    """How the names of a destination's temporary folders begin, and of no other's."""
+    digest = hashlib.sha256(os.fsencode(destination.name)).hexdigest()[:8]
+    return f".{safe_name(destination.name, 40)}-{digest}."
+
+
+def _restore(destination: Path) -> None:
+    """Remove what a killed conversion left beside the destination; the model that it had moved away comes back."""
+    for left in destination.parent.glob(f"{glob.escape(_hidden(destination))}*{_PARTIAL}"):
+        new, old = left / "new", left / "old"
         if old.exists() and not destination.exists():
             old.rename(destination)
-        shutil.rmtree(place, ignore_errors=True)
+            print(f"{destination} is back: a conversion that was killed had moved it away and put nothing in its place")
+        elif old.exists() and new.exists():
+            print(f"{old} is the model that a killed conversion moved away from {destination}; move it or delete it")
+            continue
+        shutil.rmtree(left, ignore_errors=True)
+
+
+# This share of a tensor's values becoming zero in a narrower type is worth a word.
+_MANY = 0.01
 
 
 class _Writer:
@@ -208,6 +293,8 @@ class _Writer:
         self.source, self.destination, self.precision = config.source, destination, config.save_precision
         self.dtype = precision_dtype(config.save_precision)
         self.faults: dict[str, int] = {}
+        # How many values became zero, where they are many.
+        self.vanished: dict[str, int] = {}
         needed = sum(self._cast(name, tensor).nbytes for name, tensor in tensors.items())
         require_space(destination.parent, needed, str(destination))
         # Each byte is written and read back.
@@ -231,6 +318,10 @@ class _Writer:
             cast = values.to(dtype)
             if not is_finite(cast):
                 self.faults[name] = int((~cast.isfinite()).sum())
+            if dtype.itemsize < tensor.dtype.itemsize:
+                vanished = int(values.count_nonzero() - cast.count_nonzero())
+                if vanished > _MANY * values.numel():
+                    self.vanished[name] = vanished
             return cast
 
         return tensor.changed(change, dtype=dtype)
@@ -276,10 +367,18 @@ class _Writer:
         changes = any(self._cast("", tensor).dtype != tensor.dtype for tensor in weights)
         proofs = prove(source, written, self.destination, self._cast if changes else None)
         self.bar.close()
+        if source.other_vae:
+            print(f"the VAE in it is {source.other_vae}")
         print(table(proofs))
 
     def finish(self) -> None:
-        """Raise DbkitError if any value was no number: such a file would be black pictures."""
+        """Raise DbkitError if any value was no number: such a file would be black pictures. Say if many became zero."""
+        if self.vanished:
+            values, names = counted(sum(self.vanished.values()), "value"), some(list(self.vanished))
+            self.bar.write(
+                f"{values} in {names} became zero, being too small for {self.precision}; set save_precision to bf16 or "
+                "fp32 to keep them"
+            )
         if self.faults:
             values = counted(sum(self.faults.values()), "value")
             precision = self.precision or "their type"
@@ -289,19 +388,27 @@ class _Writer:
             )
 
 
-def _write_rest(model: StoredModel, modules: dict[str, torch.nn.Module], config: ConvertConfig, folder: Path) -> None:
-    """Everything of a diffusers folder but the weights."""
+def _without_weights(model: StoredModel, config: ConvertConfig) -> Models:
+    """Everything of a diffusers folder but the weights. Raises DbkitError where notes in a file are of no model."""
     with quiet():
         from diffusers import DDPMScheduler
 
-    if model.tokenizer:
-        tables = model.tokenizer
-        tokenizer = load_tokenizer_tables(tables["vocab"], tables["merges"], model.configs["tokenizer"])
-    else:
-        pad = {"pad_token": SD2_PAD} if model.family.is_sd2 else {}
-        tokenizer = load_tokenizer(config.tokenizer_name, **pad)
-    settings = model.configs["scheduler"]
+    modules, settings = empty_modules(model, config.source), model.configs["scheduler"]
     with quiet():
         noise_scheduler = DDPMScheduler.from_config(settings)
-    models = Models(tokenizer=tokenizer, noise_scheduler=noise_scheduler, scheduler_config=settings, **modules)
-    save_all_but_weights(models, folder)
+    if not model.tokenizer:
+        pad = {"pad_token": SD2_PAD} if model.family.is_sd2 else {}
+        tokenizer = load_tokenizer(config.tokenizer_name, **pad)
+    else:
+        tables = model.tokenizer
+        try:
+            tokenizer = load_tokenizer_tables(tables["vocab"], tables["merges"], model.configs["tokenizer"])
+            if type(tokenizer.model_max_length) is not int:
+                raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
+        except Exception as error:  # the tokenizers library has none but this
+            reason = " ".join(str(error).split())[:200]
+            raise DbkitError(
+                f"the tokenizer that dbkit noted in {config.source} cannot be made ({reason}); download or copy the "
+                "file again"
+            ) from error
+    return Models(tokenizer=tokenizer, noise_scheduler=noise_scheduler, scheduler_config=settings, **modules)

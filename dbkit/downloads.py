@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbkit.checkpoint import MANIFEST
 from dbkit.embedded import local_folder
@@ -248,7 +248,7 @@ def _from_address(place: Address, suffixes: Sequence[str], stated: str | None) -
             return fetch(whole, (), stated)  # what was good once is kept: the sum may be mistyped
         partial = folder / "partial"
         with full_disk_is_a_sentence(folder):
-            name = _receive(place, suffixes, partial, folder / "partial.json")
+            name = _receive(place, suffixes, partial, folder / "partial.json", bool(stated))
             _checked(partial, stated, place)
             share(partial)
             sync(partial)
@@ -257,10 +257,11 @@ def _from_address(place: Address, suffixes: Sequence[str], stated: str | None) -
         return whole
 
 
-def _receive(place: Address, suffixes: Sequence[str], partial: Path, noted: Path) -> str:
+def _receive(place: Address, suffixes: Sequence[str], partial: Path, noted: Path, checked: bool) -> str:
     """Bring partial to the whole of what an address gives, and return the file's name.
 
     noted is what the last try learnt: name, size, and the validator by which a server knows whether its file changed.
+    checked: what arrives is compared with a SHA-256, so that a server need not say how much it is.
     """
     have = partial.stat().st_size if partial.exists() else 0
     known = json.loads(noted.read_text(encoding="utf-8")) if have and noted.exists() else {}
@@ -274,15 +275,18 @@ def _receive(place: Address, suffixes: Sequence[str], partial: Path, noted: Path
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             name, length, etag = _name(place, answer, suffixes), *map(answer.headers.get, ("Content-Length", "ETag"))
+            validator = etag if etag and not etag.startswith("W/") else answer.headers["Last-Modified"]
+            _require_whole(place, answer, checked)
             # A server that knows no ranges, or whose file changed, gives it from its start.
-            goes_on = answer.status == 206 and f"{answer.headers['Content-Range']}".startswith(f"bytes {have}-")
+            goes_on = answer.status == 206 and _fits(answer, have, known, validator)
             have = have if goes_on else 0
             total = have + int(length) if length else None
+            if goes_on and (whole := answer.headers["Content-Range"].partition("/")[2]).isdigit():
+                total = int(whole)  # it may give less than the rest
             require_space(partial.parent, int(length or 0), f"downloading {place}")
             with partial.open("ab" if have else "wb") as file, _bar(f"downloading {name}", total, have) as bar:
                 if answer.status == 206 and not goes_on:
                     raise ValueError("it gives other bytes than it was asked for")
-                validator = etag if etag and not etag.startswith("W/") else answer.headers["Last-Modified"]
                 write_text(noted, json.dumps({"name": name, "size": total, "validator": validator}))
                 while block := answer.read(_BLOCK):
                     file.write(block)
@@ -292,17 +296,40 @@ def _receive(place: Address, suffixes: Sequence[str], partial: Path, noted: Path
             raise
         if getattr(error, "code", None) == 416 and have:  # what is here is no beginning of what is there
             partial.unlink()
-            return _receive(place, suffixes, partial, noted)
+            return _receive(place, suffixes, partial, noted, checked)
         if total is None:
             raise _refusal(place, error) from error
         reason = status_and_reason(error)[1]
     got = partial.stat().st_size
+    if not got and not total:
+        partial.unlink()
+        raise DbkitError(f"{place} gives an empty file; {_BY_HAND}")
     if total is not None and got != total:
         raise DbkitError(
             f"the download of {place} stopped at {size(got)} of {size(total)} ({reason}); run the same command again, "
             "which goes on from there where the server can"
         )
     return name
+
+
+def _require_whole(place: Address, answer: http.client.HTTPResponse, checked: bool) -> None:
+    """Raise DbkitError where nobody could tell whether what arrives is the whole file, or it is packed."""
+    packed = answer.headers.get("Content-Encoding", "identity").lower()
+    if packed != "identity":
+        raise DbkitError(f"{place} gives its file packed ({packed}), which it was not asked to; {_BY_HAND}")
+    # The last of an answer's chunks says that it is the last.
+    if not (answer.headers["Content-Length"] or answer.chunked or checked):
+        raise DbkitError(
+            f"{place} does not say how large its file is, so a part of it could pass for the whole; {_BY_HAND}, or set "
+            "sha256"
+        )
+
+
+def _fits(answer: http.client.HTTPResponse, have: int, known: dict[str, Any], validator: str | None) -> bool:
+    """Whether a part of a file goes on where the first part ended, and is of the same file as far as that is said."""
+    first, _, whole = f"{answer.headers['Content-Range']}".partition("/")
+    same = not validator or validator == known.get("validator")
+    return same and first.startswith(f"bytes {have}-") and whole in ("*", str(known.get("size") or whole))
 
 
 def _name(place: Address, answer: http.client.HTTPResponse, suffixes: Sequence[str]) -> str:

@@ -85,7 +85,7 @@ def extract_lora(config: ExtractLoraConfig) -> Path:
         )
     print(_summary(difference, config))
     adapters, second = difference.adapters, is_sd2({n: tensor.shape for n, tensor in weights["unet"][0].items()})
-    with whole_file(config.destination) as partial:
+    with whole_file(config.destination, alone=True) as partial:
         noted = _metadata(config, model, str(name), facts, second)
         write_lora(kohya_tensors(adapters), adapters, partial, config.save_precision, noted)
         _prove(partial, model, Source(str(name), revision=run.get("revision")))
@@ -196,17 +196,19 @@ def _summary(difference: _Difference, config: ExtractLoraConfig) -> str:
     """What the LoRA keeps of the difference, and what no LoRA of these layers can hold."""
     left = sum(squares for _, squares in difference.left_out.values())
     everything = difference.kept + difference.missed + left
+    layers = counted(len(difference.adapters), "layer")
+    kept = difference.kept / (difference.kept + difference.missed)
     lines = [
-        f"rank {config.rank} keeps {difference.kept / (difference.kept + difference.missed):.1%} of the difference in "
-        f"{counted(len(difference.adapters), 'layer')}, {difference.kept / everything:.1%} of all"
+        f"of what the training changed in these {layers}, rank {config.rank} keeps {kept:.1%}, which is "
+        f"{difference.kept / everything:.1%} of all that it changed (shares of the sum of squares)"
     ]
     if difference.left_out:
         kinds = Counter(kind for kind, _ in difference.left_out.values())
         names = sorted(difference.left_out, key=lambda name: -difference.left_out[name][1])
         lines.append(
-            f"left out, {left / everything:.1%} of all: {', '.join(counted(n, kind) for kind, n in kinds.items())}; "
-            f"most in {some(names, 3)}"
-            + ("" if config.lora_modules == "all" else "; lora_modules all takes convolutions too")
+            f"{left / everything:.1%} of all lies where this LoRA has no adapter: in "
+            f"{', '.join(counted(n, kind) for kind, n in kinds.items())}; most in {some(names, 3)}"
+            + ("" if config.lora_modules == "all" else "; with lora_modules set to all convolutions get adapters too")
         )
     return "\n".join(lines)
 
@@ -224,7 +226,7 @@ def _prove(lora: Path, model: Path, base: Source) -> None:
     near = float((probe(models) - wanted).norm() / wanted.norm())
     if not near < far:
         raise DbkitError(
-            f"the base with this LoRA is no nearer to {model} than without it ({near:.1e} and {far:.1e} of the U-Net's "
-            "output), and nothing was written; set lora_modules to all, or a higher rank"
+            f"the base with this LoRA is no nearer to {model} than without it (the U-Net's output differs by "
+            f"{near:.2%} and {far:.2%}), and nothing was written; set lora_modules to all, or a higher rank"
         )
-    print(f"the U-Net's output with the LoRA differs from the model's by {near:.1e} of it, the base's by {far:.1e}")
+    print(f"the U-Net's output differs from the trained model's by {near:.2%} with the LoRA, by {far:.2%} without it")

@@ -173,3 +173,67 @@ def scheduler_config(prediction_type: str) -> dict[str, Any]:
         "skip_prk_steps": True,
         "steps_offset": 1,
     }
+
+
+# What user interfaces compute every model of these families with, and a file's tensors do not show.
+_FIXED = {
+    "unet": {
+        "act_fn": "silu",
+        "center_input_sample": False,
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-5,
+        "resnet_out_scale_factor": 1,
+        "resnet_skip_time_act": False,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+    },
+    "vae": {"act_fn": "silu", "scaling_factor": 0.18215, "shift_factor": None},
+    "text_encoder": {"layer_norm_eps": 1e-5},
+    "scheduler": {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "num_train_timesteps": 1000,
+        "trained_betas": None,
+    },
+}
+# What diffusers takes where a setting is missing, if that is not the family's.
+_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+
+
+def require_usual(configs: Mapping[str, Mapping[str, Any]], is_sd2: bool, source: Path, vae: str | None) -> None:
+    """Raise DbkitError for settings with which user interfaces would compute something else from a file.
+
+    vae is the name of one that takes the place of the model's own.
+    """
+    for part, fixed in _FIXED.items():
+        for name, usual in fixed.items():
+            found = configs[part].get(name, _DEFAULTS.get(name, usual))
+            if found != usual:
+                owner = f"the VAE {vae}" if vae and part == "vae" else f"the {part} of {source}"
+                raise DbkitError(
+                    f"{owner} has {name} {found}, and user interfaces compute {Family(is_sd2, False).name} with "
+                    f"{usual}, so its file would make other pictures; correct its settings if it was trained with "
+                    f"{usual}, else use it as a folder"
+                )
+
+
+def unusual(configs: Mapping[str, Mapping[str, Any]], is_sd2: bool) -> list[str]:
+    """Settings that narrow models and some schedules have, and user interfaces do not find out by themselves."""
+    unet, vae, text, scheduler = (configs[part] for part in ("unet", "vae", "text_encoder", "scheduler"))
+    widths, heads = unet["block_out_channels"], unet.get("attention_head_dim", 8)
+    pairs = {
+        # Of old diffusers had this name for the number of heads, and keeps it.
+        "attention_head_dim of the U-Net": (
+            list(heads) if isinstance(heads, (list, tuple)) else [heads] * len(widths),
+            [max(1, width // 64) for width in widths] if is_sd2 else [8] * len(widths),
+        ),
+        "norm_num_groups of the U-Net": (unet.get("norm_num_groups", 32), 32),
+        "norm_num_groups of the VAE": (vae.get("norm_num_groups", 32), 32),
+        "num_attention_heads of the text encoder": (text.get("num_attention_heads", 12), 16 if is_sd2 else 12),
+        "rescale_betas_zero_snr of the schedule": (bool(scheduler.get("rescale_betas_zero_snr")), False),
+    }
+    return [f"{name} {found} (they take {usual})" for name, (found, usual) in pairs.items() if found != usual]

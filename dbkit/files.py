@@ -21,15 +21,21 @@ from dbkit.errors import DbkitError, DiskError
 # Characters that Windows refuses in names. Everything else, in any script, stays.
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]+')
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
+_MOST_BYTES = 200
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: Path, alone: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
 
-    A kill leaves the old file or the new one, never half of one. Raises DbkitError when the disk is full.
+    A kill leaves the old file or the new one, never half of one; the temporary path is the next writer's. With alone a
+    second writer is refused, for files that take minutes. Raises DbkitError when the disk is full.
     """
+    if alone:
+        with one_process(path, stays=False), whole_file(path) as partial:
+            yield partial
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
@@ -158,35 +164,53 @@ def move_aside(path: Path) -> Path:
 
 def safe_name(text: str, limit: int = 80) -> str:
     """text as a file name that every system takes; letters of any script stay."""
-    name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit].strip(" .-") or "unnamed"
+    name = _FORBIDDEN.sub("-", text).strip(" .-")[:limit]
+    # File systems count 255 bytes, of which suffixes and temporary names need some.
+    name = name.encode(errors="ignore")[:_MOST_BYTES].decode(errors="ignore").strip(" .-") or "unnamed"
     # Windows reserves these names with any suffix, so the mark goes before the first dot.
     return _RESERVED.sub(r"\1-\2", name) if _RESERVED.match(name) else name
 
 
 @contextlib.contextmanager
-def one_process(folder: Path) -> Iterator[None]:
+def one_process(path: Path, stays: bool = True) -> Iterator[bool]:
     """Keep a second process out of a folder for the time of the block, by a lock that ends with its process.
 
-    File systems that know no locks, as Google Drive's may, are used without one.
+    File systems that know no locks, as Google Drive's may, are used without one, and False is yielded. Without stays,
+    for what is made once, the lock's own file goes at the end.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock_of(folder).open("w") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, locked = _lock_of(path), True
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(lock.open("w"))
+            try:
+                if os.name == "nt":
+                    import msvcrt
+
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                else:
+                    import fcntl
+
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                where, other = ("in", "folder") if stays else ("on", "destination")
+                raise DbkitError(
+                    f"another process is at work {where} {path}; wait for it, or choose another {other}"
+                ) from error
+            except OSError:
+                locked = False
+            # A file that the process before removed between these two steps locks nobody out.
+            with contextlib.suppress(FileNotFoundError):
+                if stays or os.name == "nt" or os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+                    break
         try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
-            raise DbkitError(
-                f"another process is at work in {folder}; wait for it, or choose another folder"
-            ) from error
-        except OSError:
-            pass
-        yield
+            yield locked
+        finally:
+            if not stays:
+                if os.name == "nt":
+                    file.close()
+                with contextlib.suppress(OSError):
+                    lock.unlink()
 
 
 def is_locked(folder: Path) -> bool | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import re
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -22,6 +23,7 @@ from dbkit.suggestions import choices, suggest
 from dbkit.workspace import Workspace
 
 Config = TypeVar("Config", bound=Settings)
+_QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
 def form(cls: type[Config], workspace: Workspace, name: str | None = None) -> Form[Config]:
@@ -121,7 +123,9 @@ class Form(widgets.VBox, Generic[Config]):
         import yaml
 
         self._chosen[name] = self._value(name)
-        write_text(self._file, yaml.safe_dump(self._chosen, allow_unicode=True, sort_keys=False))
+        # The query of an address may be a token.
+        kept = {name: value for name, value in self._chosen.items() if not _QUERY.match(str(value))}
+        write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
         self._check()
 
     def _value(self, name: str) -> Any:

@@ -91,16 +91,26 @@ def modern_names(part: str, weights: dict[str, Stored]) -> dict[str, Stored]:
     """
     if part == "text_encoder":
         weights = {name: tensor for name, tensor in weights.items() if not name.endswith("position_ids")}
-        return {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
+        return _prefixed(weights)
     if part != "vae":
         return weights
     modern = {}
     for name, tensor in weights.items():
         for old, new in keys.OLD_VAE_ATTENTION.items():
             name = name.replace(f".attentions.0.{old}.", f".attentions.0.{new}.")
-        flat = ".attentions.0.to_" in name and len(tensor.shape) == 4
+        flat = ".attentions.0.to_" in name and tensor.shape[2:] == (1, 1)
+        if name in modern:
+            raise DbkitError(f"the VAE has {name} under two names; keep one set of its weights")
         modern[name] = _reshaped(tensor, tensor.shape[:2]) if flat else tensor
     return modern
+
+
+def _prefixed(text: dict[str, Stored]) -> dict[str, Stored]:
+    if twice := [name for name in text if TEXT_PREFIX + name in text]:
+        raise DbkitError(
+            f"the text encoder is there twice, with {TEXT_PREFIX}{twice[0]} and {twice[0]}; keep one set of its weights"
+        )
+    return {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in text.items()}
 
 
 def _with_ema(tensors: dict[str, Stored], source: Path) -> dict[str, Stored]:
@@ -125,8 +135,7 @@ def _vae_renamed(weights: dict[str, Stored]) -> tuple[dict[str, Stored], list[st
 
 def _text_renamed(weights: dict[str, Stored], layers: int | None) -> tuple[dict[str, Stored], list[str]]:
     if not any(name.startswith(keys.RESBLOCKS) for name in weights):
-        prefixed = {TEXT_PREFIX + name.removeprefix(TEXT_PREFIX): tensor for name, tensor in weights.items()}
-        return prefixed, []
+        return _prefixed(weights), []
     blocks = keys.count(weights, rf"{keys.RESBLOCKS}\.(\d+)\.")
     layers = layers or (_READ_LAYERS if blocks == _OPEN_CLIP_LAYERS else blocks)
     unread = tuple(f"{keys.RESBLOCKS}.{layer}." for layer in range(layers, blocks))

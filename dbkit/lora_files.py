@@ -63,6 +63,12 @@ _NOTE = "lora_adapter_metadata"
 _OF_BYTES = ("format", _NOTE, "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
+# The layers that read the text's states, and how wide those are in Stable Diffusion XL.
+_CROSS, _XL_WIDTH = re.compile(r"attn2_to_[kv]$"), 2048
+# Settings of a conversion that are of whole models.
+_OF_MODELS = ("pretrained_vae_name_or_path", "extract_ema", "tokenizer_name", "license")
+
+
 class Adapter(NamedTuple):
     """The matrices of one layer: down of shape (rank, in, ...) and up of shape (out, rank, ...)."""
 
@@ -117,6 +123,8 @@ def _adapters(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: 
     others = []
     for name, tensor in tensors.items():
         kind = None
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise DbkitError(f"{path} has {name} in {str(tensor.dtype)[6:]}; take the file in fp16, bf16 or fp32")
         if (match := _WEIGHT.fullmatch(name)) and tensor.ndim > 1 and tensor.numel() and tensor.is_floating_point():
             kind, layer = "down" if match[2] in ("down", "A") else "up", match[1]
         elif name.endswith(".alpha") and tensor.numel() == 1:
@@ -127,6 +135,16 @@ def _adapters(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: 
         else:
             found[kind][key] = tensor
     downs, ups, alphas = found.values()
+    if wide := [name for name in downs if _CROSS.search(name) and downs[name].shape[1] == _XL_WIDTH]:
+        raise DbkitError(
+            f"{path} is a LoRA of a Stable Diffusion XL model ({wide[0]} reads {_XL_WIDTH} values); dbkit takes "
+            "those of Stable Diffusion 1 and 2"
+        )
+    if odd := [name for name in downs.keys() & ups.keys() if len(downs[name]) != ups[name].shape[1]]:
+        ranks = f"rank {len(downs[min(odd)])} and {ups[min(odd)].shape[1]}"
+        raise DbkitError(
+            f"{path} has matrices that do not fit together ({ranks} in {some(sorted(odd))}); choose another file"
+        )
     others += sorted(downs.keys() ^ ups.keys())
     if others or not downs:
         raise DbkitError(f"{path} is no plain LoRA{f'; it has {some(others)}' if others else ''}; choose another file")
@@ -224,6 +242,8 @@ def convert_lora(config: ConvertConfig) -> Path:
     Diffusion 1 and 2 do not have.
     """
     source, destination = Path(config.source), config.destination
+    if useless := [name for name in _OF_MODELS if getattr(config, name)]:
+        raise DbkitError(f"{' and '.join(useless)} is for whole models, and {source} is a LoRA; leave it out")
     require_destination(destination, config.overwrite, source)
     tensors, metadata = _read(source)
     adapters = _adapters(tensors, metadata, source)
@@ -237,9 +257,10 @@ def convert_lora(config: ConvertConfig) -> Path:
         names, made, noted = "diffusers'", _diffusers_tensors(adapters), {"format": "pt", **kept, **_note(adapters)}
     else:
         names, made, noted = "kohya's", kohya_tensors(adapters), {**_kohya_metadata(adapters, kept, config), **kept}
-    with whole_file(destination) as partial:
+    with whole_file(destination, alone=True) as partial:
         write_lora(made, adapters, partial, config.save_precision, noted)
-    print(f"{counted(len(adapters), 'layer')}, now under {names} names, read back and equal")
+    other = f"; user interfaces load {source} as it is" if names == "diffusers'" else ""
+    print(f"{counted(len(adapters), 'layer')}, now under {names} names, read back and equal{other}")
     return destination
 
 

@@ -125,15 +125,23 @@ def model_facts(name_or_path: str | Path) -> Facts | None:
     try:
         inpaints = _inpaints(unet, vae)
         factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        require_sample_size(unet)
         prediction_type, layers = scheduler.get("prediction_type", "epsilon"), text.get("num_hidden_layers", 12)
         facts = Facts(factor, unet["sample_size"] * factor, prediction_type, layers, inpaints)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise DbkitError(
             f"the settings of {folder} are not those of a model ({error}); copy the model again"
         ) from error
     if facts.prediction_type not in ("epsilon", "v_prediction"):
         raise DbkitError(f"{folder} predicts {facts.prediction_type!r}; dbkit trains models of epsilon or v_prediction")
     return facts
+
+
+def require_sample_size(unet: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a U-Net's settings say for how large a side it was trained, in latents."""
+    side = unet["sample_size"]
+    if type(side) is not int or side < 1:
+        raise ValueError(f"sample_size of its unet is {side!r} and no whole number above 0")
 
 
 def _inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:

@@ -14,7 +14,16 @@ from dbkit.errors import DbkitError
 from dbkit.families import Family, find_family, hidden_act, model_configs, original_shapes, vae_config
 from dbkit.layouts import from_original, modern_names, vae_from_original
 from dbkit.libraries import library_errors, quiet
-from dbkit.models import load_state_dict, load_vae, model_facts, read_config, state_dict, vae_folder, weight_files
+from dbkit.models import (
+    load_state_dict,
+    load_vae,
+    model_facts,
+    read_config,
+    require_sample_size,
+    state_dict,
+    vae_folder,
+    weight_files,
+)
 from dbkit.original_config import config_beside, read_prediction_type
 from dbkit.tensor_files import PICKLES, SAFETENSORS, Stored, held, open_tensors
 from dbkit.tokenizer import tokenizer_tables
@@ -40,6 +49,8 @@ class StoredModel:
     configs: dict[str, Any]
     # Vocabulary and merges, where they are not CLIP's.
     tokenizer: dict[str, Any] | None
+    # For sentences: the VAE that takes the place of the model's own.
+    other_vae: str | None = None
 
 
 def read_folder(config: ConvertConfig) -> StoredModel:
@@ -62,7 +73,8 @@ def read_folder(config: ConvertConfig) -> StoredModel:
             f"the text encoder of {source} has hidden_act {act}, and user interfaces compute {family.name} with "
             f"{hidden_act(family.is_sd2)}; if the model was trained so, set that in its text_encoder/config.json"
         )
-    model = StoredModel(family, weights, configs, None if usual else {"vocab": vocabulary, "merges": merges})
+    tables = None if usual else {"vocab": vocabulary, "merges": merges}
+    model = StoredModel(family, weights, configs, tables, _named(config))
     empty_modules(model, source)
     return model
 
@@ -101,7 +113,7 @@ def read_file(config: ConvertConfig, suffix: str = "") -> StoredModel:
         raise DbkitError(f"{source} is not a whole {family.name} model; it lacks {error}") from error
     configs = {**configs, "vae": noted_vae or configs["vae"]}
     configs["scheduler"] = {**configs["scheduler"], "prediction_type": prediction_type}
-    return StoredModel(family, weights, configs, facts["tokenizer"] if facts else None)
+    return StoredModel(family, weights, configs, facts["tokenizer"] if facts else None, _named(config))
 
 
 def _noted(metadata: dict[str, Any], source: Path) -> dict[str, Any] | None:
@@ -112,10 +124,16 @@ def _noted(metadata: dict[str, Any], source: Path) -> dict[str, Any] | None:
         facts = json.loads(metadata[METADATA])
         if not all(isinstance(facts["configs"][part], dict) for part in _PARTS_WITH_SETTINGS):
             raise ValueError("its settings are none")
+        said = facts["configs"]["scheduler"].get("prediction_type")
+        if not (said is None or isinstance(said, str)):
+            raise ValueError("its prediction_type is none")
         tables = facts["tokenizer"]
-        if not (tables is None or (isinstance(tables["vocab"], dict) and isinstance(tables["merges"], list))):
+        if tables is not None and not (
+            all(type(number) is int for number in tables["vocab"].values())
+            and all(isinstance(merge, str) for merge in tables["merges"])
+        ):
             raise ValueError("its tokenizer is none")
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise DbkitError(
             f"{source} is damaged or not a checkpoint (what dbkit noted in it: {error}); download or copy it again"
         ) from error
@@ -147,6 +165,12 @@ def _prediction_type(config: ConvertConfig, family: Family, metadata: dict[str, 
     return "epsilon"
 
 
+def _named(config: ConvertConfig) -> str | None:
+    """What sentences call the VAE that is put in; addresses without their queries."""
+    name = config.pretrained_vae_name_or_path
+    return str(find(name, _VAE_FILES)) if name else None
+
+
 def _other_vae(name: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The tensors and settings of a VAE by itself: a file, a folder, a Hugging Face id or the address of a file."""
     place = find(name, _VAE_FILES)
@@ -175,6 +199,20 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
         from transformers import CLIPTextConfig, CLIPTextModel
 
     configs, name = model.configs, model.family.name
+    for part, weights in model.weights.items():
+        for key, tensor in weights.items():
+            if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise DbkitError(
+                    f"{source} has {part} {key} in {kind}, as quantised models do; take one in fp16, bf16 or fp32"
+                )
+    _require_settings(configs, source)
+    latents = configs["vae"].get("latent_channels"), configs["unet"].get("out_channels")
+    if model.other_vae and latents[0] != latents[1]:
+        raise DbkitError(
+            f"the VAE {model.other_vae} has {latents[0]} latent channels and {source} {latents[1]}; choose one of "
+            f"{name}"
+        )
     try:
         with quiet(), init_empty_weights(include_buffers=False):
             modules = {
@@ -182,7 +220,7 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
                 "vae": AutoencoderKL.from_config(configs["vae"]),
                 "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
             }
-    except (*library_errors(), TypeError) as error:
+    except (*library_errors(), LookupError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise DbkitError(
             f"{source} has the widths of no {name} model ({reason}), and nothing in the file says more; "
@@ -196,8 +234,32 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
         try:
             load_state_dict(module, part, shapes, assign=True)
         except RuntimeError as error:
-            lines = str(error).strip().splitlines()[1:11]
-            raise DbkitError(
-                f"{source} is not a whole {name} model; its {part}: {' '.join(' '.join(lines).split())[:600]}"
-            ) from error
+            lines = " ".join(" ".join(str(error).strip().splitlines()[1:4]).split())
+            reason = lines if len(lines) < 300 else f"{lines[:300]}…"
+            if part == "vae" and model.other_vae:
+                fault = f"the VAE {model.other_vae} is not a whole one of {name}: {reason}"
+            else:
+                fault = f"{source} is not a whole {name} model; its {part}: {reason}"
+            raise DbkitError(fault) from error
     return modules
+
+
+def _require_settings(configs: dict[str, Any], source: Path) -> None:
+    """Raise DbkitError for settings of the scheduler, and a size, that cannot be."""
+    with quiet():
+        from diffusers import DDPMScheduler
+
+    settings = configs["scheduler"]
+    try:
+        require_sample_size(configs["unet"])
+        if not isinstance(settings.get("_class_name", ""), str):
+            raise ValueError(f"_class_name of its scheduler is {settings['_class_name']!r}")
+        if (said := settings.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction_type of its scheduler is {said!r}")
+        with quiet():
+            DDPMScheduler.from_config(settings)
+    except (*library_errors(), LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise DbkitError(
+            f"the settings of {source} are not those of a model ({reason}); copy the model again"
+        ) from error

@@ -43,8 +43,9 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     if cls is PreviewConfig:
         return _for_preview(workspace)
     if cls is ConvertConfig and name == "export":
-        model = _finished_model(workspace) or _local_base(workspace)
-        stem = model.parent.name if model.name == "model" else model.name
+        model = _finished_model(workspace) or _lora_file(workspace) or _local_base(workspace)
+        run = next((path.parent for path in (model, model.parent) if path.name == "model"), None)
+        stem = run.name if run else model.name
         return {
             "source": model,
             "destination": Path("exports") / f"{stem}.safetensors",
@@ -64,8 +65,14 @@ def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, l
     field = {ConvertConfig: "source", PreviewConfig: "model", EvaluateConfig: "model"}.get(cls)
     if not field or name == "convert":
         return {}
-    models = [model for model in saved_models(workspace).models if cls is not ConvertConfig or not model.is_lora]
-    return {field: [model.folder.relative_to(workspace.path).as_posix() for model in models]}
+    folders = [
+        # Of a LoRA its file is converted, its folder is sampled.
+        next(model.folder.glob("*.safetensors"), model.folder)
+        if model.is_lora and cls is ConvertConfig
+        else model.folder
+        for model in saved_models(workspace).models
+    ]
+    return {field: [folder.relative_to(workspace.path).as_posix() for folder in folders]}
 
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:
@@ -125,6 +132,11 @@ def _finished_model(workspace: Workspace, file: str = "model_index.json") -> Pat
     """The model of the run that ended last: a whole one, or with any .json of its own a LoRA too."""
     index = workspace.newest(f"runs/*/model/{file}")
     return index.parent if index else None
+
+
+def _lora_file(workspace: Workspace) -> Path | None:
+    """The file of the LoRA whose training ended last."""
+    return workspace.newest("runs/*/model/*.safetensors")
 
 
 def _base_model(workspace: Workspace) -> tuple[str, int]:

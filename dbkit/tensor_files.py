@@ -47,6 +47,8 @@ _DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+# Types of safetensors that no weights of these models come in, but for quantised ones: F8_E4M3, C64, U16.
+_OTHER_TYPES = re.compile(r"F4|F[68]_E\d+M\d+\w*|C64|U(16|32|64)")
 _STORAGES = {
     "torch.float64": "DoubleStorage",
     "torch.float32": "FloatStorage",
@@ -199,6 +201,8 @@ def _open_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, Any]]:
     stored, ends = {}, []
     for name, entry in header.items():
         dtype = getattr(torch, _DTYPES.get(entry["dtype"], ""), None)
+        if dtype is None and _OTHER_TYPES.fullmatch(str(entry["dtype"])):
+            raise DbkitError(f"{path} has {name[:100]} in {entry['dtype']}; take the file in fp16, bf16 or fp32")
         shape, (first, last) = tuple(entry["shape"]), entry["data_offsets"]
         if dtype is None or not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
             raise ValueError(f"{name[:100]} has a type, shape or place that cannot be")

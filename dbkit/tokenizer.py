@@ -94,6 +94,16 @@ def _write_tables(vocabulary: dict[str, int], merges: list[str], folder: Path) -
 
 def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:
     """The vocabulary and the merges of a saved CLIP tokenizer, in whichever format it was saved."""
+    try:
+        vocabulary, merges = _tables(folder)
+        if not isinstance(vocabulary, dict):
+            raise ValueError("it holds no words")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DbkitError(f"the tokenizer in {folder} is not readable ({error}); copy the model again") from error
+    return vocabulary, merges
+
+
+def _tables(folder: Path) -> tuple[dict[str, int], list[str]]:
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
@@ -103,3 +113,20 @@ def tokenizer_tables(folder: Path) -> tuple[dict[str, int], list[str]]:
     model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return model["vocab"], merges
+
+
+def added_words(folder: Path) -> list[str]:
+    """The words that were added to a saved tokenizer and are not in the tables that tokenizer_tables() gives."""
+    known, found = tokenizer_tables(folder)[0], []
+    try:
+        for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+            said = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).is_file() else {}
+            if name == "added_tokens.json":
+                found += said
+            elif name == "tokenizer_config.json":
+                found += [token["content"] for token in said.get("added_tokens_decoder", {}).values()]
+            else:
+                found += [token["content"] for token in said.get("added_tokens") or ()]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DbkitError(f"{folder / name} is not readable ({error}); copy the model again") from error
+    return sorted({str(word) for word in found} - known.keys())

@@ -338,7 +338,8 @@ def test_a_file_of_unknown_widths_is_refused(file, tmp_path):
 def test_the_usual_tokenizer_is_not_carried_and_another_one_is(copied, file, tmp_path, monkeypatch):
     assert json.loads(metadata_of(file)["dbkit"])["tokenizer"]["vocab"]
     usual = {f"word{number}": number for number in range(49408)}
-    for word, number in (("photo</w>", 1125), ("dog</w>", 1929)):
+    words = {"photo</w>": 1125, "dog</w>": 1929, "<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    for word, number in words.items():
         usual[word] = usual.pop(f"word{number}")
     (copied / "tokenizer" / "vocab.json").write_text(json.dumps(usual))
     made = convert(copied, tmp_path / "made.safetensors")
@@ -393,6 +394,18 @@ def test_values_that_do_not_fit_in_fp16_are_refused_by_name(copied, file, tmp_pa
     assert not destination.exists() and not list(tmp_path.glob("*.partial"))
     convert(source, destination)
     assert destination.exists()
+
+
+def test_many_values_that_become_zero_in_fp16_are_counted_and_said(copied, tmp_path, capsys):
+    path = copied / "unet" / WEIGHTS["unet"]
+    weights = load_file(path)
+    weights["conv_in.bias"][:5] = 1e-12
+    write(path, weights)
+    convert(copied, tmp_path / "half.safetensors", save_precision="fp16")
+    said = capsys.readouterr().out
+    assert f"5 values in {UNET}input_blocks.0.0.bias became zero, being too small for fp16; set save_precision" in said
+    convert(copied, tmp_path / "whole.safetensors")
+    assert "became zero" not in capsys.readouterr().out
 
 
 def test_values_that_are_no_numbers_are_refused_in_any_precision(file, tmp_path):
@@ -470,6 +483,169 @@ def test_a_text_encoder_that_user_interfaces_compute_differently_is_refused(copi
     expected = r"copied has hidden_act gelu, and user interfaces compute Stable Diffusion 1 with quick_gelu; if"
     with pytest.raises(DbkitError, match=expected):
         convert(copied, tmp_path / "made.safetensors")
+
+
+def change_settings(folder: Path, name: str, **changes) -> None:
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "usual"),
+    [
+        ("scheduler/scheduler_config.json", "beta_schedule", "linear", "scaled_linear"),
+        ("scheduler/scheduler_config.json", "beta_end", 0.02, 0.012),
+        ("vae/config.json", "scaling_factor", 0.13025, 0.18215),
+        ("vae/config.json", "shift_factor", 0.1, None),
+        ("unet/config.json", "norm_eps", 1e-6, 1e-05),
+        ("unet/config.json", "act_fn", "gelu", "silu"),
+        ("unet/config.json", "flip_sin_to_cos", False, True),
+        ("unet/config.json", "freq_shift", 1, 0),
+    ],
+)
+def test_settings_that_no_file_carries_are_refused(copied, tmp_path, name, setting, value, usual):
+    change_settings(copied, name, **{setting: value})
+    expected = rf"the {name.split('/')[0]} of .*copied has {setting} {value}, and user .* 1 with {usual}, so its file"
+    with pytest.raises(DbkitError, match=expected):
+        convert(copied, tmp_path / "made.safetensors")
+    assert not (tmp_path / "made.safetensors").exists()
+
+
+def test_a_schedule_without_its_settings_is_that_of_diffusers(copied, tmp_path):
+    (copied / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
+    with pytest.raises(DbkitError, match=r"has beta_start 0\.0001, and user interfaces compute .* with 0\.00085"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+def test_another_vae_with_another_scale_is_refused_by_its_name(model, copied, tmp_path):
+    change_settings(copied, "vae/config.json", scaling_factor=0.13025)
+    with pytest.raises(DbkitError, match=r"the VAE .*copied has scaling_factor 0\.13025, and user interfaces"):
+        convert(model, tmp_path / "made.safetensors", pretrained_vae_name_or_path=str(copied))
+
+
+def test_heads_that_user_interfaces_do_not_find_out_are_said(copied, twelve_heads, tmp_path, capsys):
+    change_settings(copied, "unet/config.json", attention_head_dim=4, norm_num_groups=16)
+    convert(copied, tmp_path / "made.safetensors")
+    said = capsys.readouterr().out
+    assert "user interfaces will make other pictures from" in said
+    assert "attention_head_dim of the U-Net [4, 4, 4, 4] (they take [8, 8, 8, 8])" in said
+    assert "norm_num_groups of the U-Net 16 (they take 32)" in said
+    assert "num_attention_heads of the text encoder 4 (they take 12)" in said
+    convert(twelve_heads, tmp_path / "usual.safetensors")
+    assert "other pictures" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_tokenizer_with_added_words_is_refused(copied, tmp_path, where):
+    folder = copied / "tokenizer"
+    if where == "added_tokens.json":
+        (folder / where).write_text(json.dumps({"<zwx>": 514}))
+    elif where == "tokenizer_config.json":
+        change_settings(folder, where, added_tokens_decoder={"514": {"content": "<zwx>"}})
+    else:
+        change_settings(folder, where, added_tokens=[{"id": 514, "content": "<zwx>"}])
+    with pytest.raises(DbkitError, match=r"the tokenizer of .*copied has added words \(<zwx>\), which no file carries"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_a_text_encoder_under_both_of_its_spellings_is_refused(copied, file, tmp_path, direction):
+    name = "final_layer_norm.bias"
+    if direction == "to a file":
+        path = copied / "text_encoder" / WEIGHTS["text_encoder"]
+        weights = load_file(path)
+        write(path, {**weights, name: torch.zeros_like(weights[f"text_model.{name}"])})
+        source, destination = copied, tmp_path / "made.safetensors"
+    else:
+
+        def add(tensors):
+            tensors[TEXT + name] = torch.zeros_like(tensors[f"{TEXT}text_model.{name}"])
+
+        source, destination = changed(file, tmp_path / "both.safetensors", add), tmp_path / "made"
+    with pytest.raises(DbkitError, match=rf"the text encoder is there twice, with text_model\.{name} and {name}; keep"):
+        convert(source, destination)
+
+
+def test_a_vae_under_both_of_its_spellings_is_refused(copied, tmp_path):
+    path = copied / "vae" / WEIGHTS["vae"]
+    weights, name = load_file(path), "decoder.mid_block.attentions.0.to_q.bias"
+    write(path, {**weights, name.replace("to_q", "query"): torch.zeros_like(weights[name])})
+    with pytest.raises(DbkitError, match=r"the VAE has decoder\.mid_block\.attentions\.0\.to_q\.bias under two names"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "said"),
+    [
+        ("scheduler/scheduler_config.json", "_class_name", 5, "_class_name of its scheduler is 5"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x", ".*"),
+        ("unet/config.json", "sample_size", [64, 96], r"sample_size of its unet is \[64, 96\] and no whole number"),
+        ("unet/config.json", "sample_size", 0, "sample_size of its unet is 0 and no whole number above 0"),
+        ("unet/config.json", "sample_size", True, "sample_size of its unet is True and no whole number above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_said(copied, tmp_path, name, setting, value, said):
+    change_settings(copied, name, **{setting: value})
+    with pytest.raises(DbkitError, match=rf"the settings of .*copied are not those of a model \({said}.*\); copy the"):
+        convert(copied, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "value", "said"),
+    [
+        ("scheduler", "prediction_type", [1], "what dbkit noted in it: its prediction_type is none"),
+        ("scheduler", "prediction_type", "sample", "predicts sample by the settings in it and epsilon by"),
+        ("scheduler", "_class_name", [1], r"_class_name of its scheduler is \[1\]"),
+        ("scheduler", "beta_start", "x", "the settings of .* are not those of a model"),
+        ("scheduler", "num_train_timesteps", {}, "the settings of .* are not those of a model"),
+        ("unet", "sample_size", "64", "sample_size of its unet is '64' and no whole number"),
+        ("vae", "block_out_channels", [], "has the widths of no Stable Diffusion 1 model"),
+        ("text_encoder", "num_hidden_layers", "x", "has the widths of no Stable Diffusion 1 model"),
+        ("tokenizer", "model_max_length", [1], r"the tokenizer that dbkit noted in .* \(model_max_length is \[1\]\)"),
+    ],
+)
+def test_notes_of_another_type_are_said(file, tmp_path, part, setting, value, said):
+    metadata = metadata_of(file)
+    facts = json.loads(metadata["dbkit"])
+    facts["configs"][part][setting] = value
+    write(tmp_path / "odd.safetensors", load_file(file), {**metadata, "dbkit": json.dumps(facts)})
+    with pytest.raises(DbkitError, match=said):
+        convert(tmp_path / "odd.safetensors", tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["odd.safetensors"]
+
+
+@pytest.mark.parametrize("tables", [{"vocab": {"a": "x"}}, {"vocab": {"a": True}}, {"merges": [1]}, {"vocab": [1]}])
+def test_a_noted_tokenizer_of_another_type_is_said(file, tmp_path, tables):
+    metadata = metadata_of(file)
+    facts = json.loads(metadata["dbkit"])
+    facts["tokenizer"] |= tables
+    write(tmp_path / "odd.safetensors", load_file(file), {**metadata, "dbkit": json.dumps(facts)})
+    with pytest.raises(DbkitError, match=r"odd\.safetensors is damaged .*what dbkit noted in it"):
+        convert(tmp_path / "odd.safetensors", tmp_path / "made")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8, torch.uint16])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_weights_of_types_that_no_model_has_are_refused(file, tmp_path, dtype, suffix):
+    tensors, path = load_file(file), tmp_path / f"odd{suffix}"
+    tensors[UNET + "out.2.bias"] = tensors[UNET + "out.2.bias"].to(dtype)
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors, "dbkit": metadata_of(file)["dbkit"]}, path)
+    else:
+        write(path, tensors, metadata_of(file))
+    with pytest.raises(
+        DbkitError, match=r"odd\.\w+ has .*(out\.2|conv_out)\.bias in .*; take .* in fp16, bf16 or fp32"
+    ):
+        convert(path, tmp_path / "made")
+
+
+def test_a_vae_whose_attention_is_no_convolution_of_one_pixel_is_refused(file, tmp_path):
+    name = VAE + "decoder.mid.attn_1.q.weight"
+    path = changed(
+        file, tmp_path / "odd.safetensors", lambda tensors: tensors.update({name: torch.zeros(96, 96, 3, 3)})
+    )
+    with pytest.raises(DbkitError, match=r"odd\.safetensors is not a whole .*; its vae: size mismatch for decoder"):
+        convert(path, tmp_path / "made")
 
 
 def test_a_text_encoder_with_all_layers_of_open_clip_is_refused(sd2_model, tmp_path):
@@ -774,3 +950,123 @@ def test_the_yaml_of_a_model_that_is_replaced_goes_with_it(model, sd2_v_model, t
         convert(model, made)
     convert(model, made, overwrite=True)
     assert not made.with_suffix(".yaml").exists()
+
+
+def test_the_folder_that_one_is_in_is_no_destination(model, file, tmp_path, monkeypatch):
+    (tmp_path / "here" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "deeper")
+    for destination in (".", "..", tmp_path / "here"):
+        with pytest.raises(DbkitError, match="is the folder that you are in, or holds it; give the name of another"):
+            convert(file, destination, overwrite=True)
+    with pytest.raises(DbkitError, match="is the folder that you are in"):
+        convert(model, ".")
+
+
+def test_links_that_lead_nowhere_are_no_destinations(model, file, tmp_path):
+    for name, target in (("round", "round"), ("gone", "nowhere"), ("round.ckpt", "round.ckpt")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    for source, name in ((file, "round"), (file, "round/made"), (file, "gone"), (model, "round.ckpt")):
+        with pytest.raises(
+            DbkitError, match=r"(round|gone|round.ckpt|made) is a link that leads nowhere; remove it or"
+        ):
+            convert(source, tmp_path / name)
+
+
+def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(model, file, copied, tmp_path):
+    (copied / "unet" / "old").touch()
+    (tmp_path / "link").symlink_to(copied)
+    with pytest.raises(DbkitError, match="copied exists; choose another name, or set overwrite"):
+        convert(file, tmp_path / "link")
+    convert(file, tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").readlink() == copied and not (copied / "unet" / "old").exists()
+    assert_same_model(model, copied)
+
+
+def test_names_that_no_file_system_takes_are_said(file, tmp_path):
+    (tmp_path / "notes").touch()
+    with pytest.raises(DbkitError, match=r"notes is a file, and .*made would lie in it; choose another destination"):
+        convert(file, tmp_path / "notes" / "made")
+    with pytest.raises(DbkitError, match="x is too long; choose a shorter one"):
+        convert(file, tmp_path / ("x" * 255))
+
+
+# Two at once, and kills.
+
+CHILD = """
+import sys
+from dbkit import convert
+module = sys.modules["dbkit.convert"]
+def prove(*_):
+    print("at work", flush=True)
+    sys.stdin.read()
+    return []
+module.prove = prove
+convert(sys.argv[1], sys.argv[2], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_a_second_conversion_to_the_same_place_is_refused_while_the_first_is_at_work(model, file, tmp_path, direction):
+    source, made = (model, tmp_path / "made.safetensors") if direction == "to a file" else (file, tmp_path / "made")
+    command = [sys.executable, "-c", CHILD, str(source), str(made)]
+    first = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("at work" in line for line in iter(first.stdout.readline, ""))
+        with pytest.raises(DbkitError, match=rf"another process is at work on .*{made.name}; wait for it, or choose"):
+            convert(source, made)
+    finally:
+        first.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+    with pytest.raises(DbkitError, match="exists; choose another name"):
+        convert(source, made)
+    if direction == "to a file":
+        assert_same_file(made, file)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no kill of this kind on Windows")
+@pytest.mark.parametrize("direction", ["to a file", "to a folder"])
+def test_what_a_killed_conversion_leaves_goes_with_the_next(model, file, tmp_path, direction):
+    source, made = (model, tmp_path / "made.safetensors") if direction == "to a file" else (file, tmp_path / "made")
+    command = [sys.executable, "-c", CHILD, str(source), str(made)]
+    killed = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert any("at work" in line for line in iter(killed.stdout.readline, ""))
+    killed.kill()
+    killed.communicate()
+    assert any("partial" in path.name for path in tmp_path.iterdir()) and not made.exists()
+    convert(source, made)
+    assert [path.name for path in tmp_path.iterdir()] == [made.name]
+
+
+def test_a_model_that_a_kill_left_between_two_names_comes_back(model, file, copied, capsys):
+    program = """
+import os, sys
+from pathlib import Path
+from dbkit import convert
+rename = Path.rename
+def killed(self, target):
+    if self.name == "new":
+        os._exit(9)
+    return rename(self, target)
+Path.rename = killed
+convert(sys.argv[1], sys.argv[2], overwrite=True)
+"""
+    (copied / "unet" / "mine").touch()
+    done = subprocess.run([sys.executable, "-c", program, str(file), str(copied)])
+    assert done.returncode == 9 and not copied.exists()
+    with pytest.raises(DbkitError, match="copied exists; choose another name, or set overwrite"):
+        convert(file, copied)
+    assert (copied / "unet" / "mine").exists()
+    assert f"{copied} is back: a conversion that was killed had moved it away" in capsys.readouterr().out
+    assert [path.name for path in copied.parent.iterdir()] == [copied.name]
+    convert(file, copied, overwrite=True)
+    assert_same_model(model, copied)
+
+
+def test_a_model_that_a_kill_left_is_named_where_another_took_its_place(file, tmp_path, capsys):
+    convert(file, tmp_path / "made")
+    left = tmp_path / f"{sys.modules['dbkit.convert']._hidden(tmp_path / 'made')}x.partial"
+    for name in ("old", "new"):
+        (left / name).mkdir(parents=True)
+    convert(file, tmp_path / "made", overwrite=True)
+    assert f"{left / 'old'} is the model that a killed conversion moved away" in capsys.readouterr().out
+    assert (left / "old").is_dir()

@@ -30,6 +30,8 @@ class Server:
     def __init__(self):
         self.url = ""
         self.content, self.status, self.ranges, self.cut, self.shift = CONTENT, 200, True, None, 0
+        # Whether the length is said, or what arrives comes in chunks; where a range ends; whether If-Range is heeded.
+        self.length, self.chunked, self.end, self.careless = True, False, None, False
         self.headers = {"ETag": '"one"', "Content-Type": "application/octet-stream"}
         self.asked = []
 
@@ -50,17 +52,22 @@ class _Handler(BaseHTTPRequestHandler):
             self.end_headers()
             return
         start, status = 0, state.status
-        if asked and state.ranges and self.headers.get("If-Range") in (None, state.headers.get("ETag")):
+        known = self.headers.get("If-Range") in (None, state.headers.get("ETag"))
+        if asked and state.ranges and (known or state.careless):
             start, status = int(asked.removeprefix("bytes=").rstrip("-")) + state.shift, 206
-        if start >= len(state.content):
+        if start and start >= len(state.content):
             status = 416
-        body = state.content[start:]
+        body = state.content[start : state.end]
         self.send_response(status)
         for name, value in state.headers.items():
             self.send_header(name, value)
         if status == 206:
-            self.send_header("Content-Range", f"bytes {start}-{len(state.content) - 1}/{len(state.content)}")
-        self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(state.content)}")
+        if state.chunked:
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        elif state.length:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body if state.cut is None else body[: state.cut])
 
@@ -179,6 +186,7 @@ def test_a_file_at_an_address_is_converted_and_kept(server, model, tmp_path, cap
         ('attachment; filename="con.ckpt"', "con-.ckpt"),
         ('attachment; filename=".ckpt"', "small.safetensors"),
         (f'attachment; filename="{"a" * 300}.ckpt"', "a" * 80 + ".ckpt"),
+        (f"attachment; filename*=UTF-8''{'%F0%9F%90%95' * 300}.ckpt", "🐕" * 50 + ".ckpt"),
     ],
 )
 def test_the_name_is_what_the_server_says_and_lies_in_the_cache(server, tmp_path, said, name):
@@ -256,6 +264,75 @@ def test_other_bytes_than_those_asked_for_are_not_joined(server, tmp_path):
     with pytest.raises(DbkitError, match=r"stopped at 0 bytes of .* \(it gives other bytes than it was asked for\)"):
         download(url)
     assert download(url).read_bytes() == CONTENT
+
+
+def test_a_part_of_another_file_is_not_joined(server, tmp_path):
+    url = f"{server.url}/small.ckpt"
+    for changes in ({"ETag": '"two"'}, {}):
+        server.cut, server.careless = 300_000, True
+        with pytest.raises(DbkitError, match="stopped at 300000 bytes"):
+            download(url)
+        server.cut, server.content = None, CONTENT[::-1] if changes else CONTENT[::-1] + b"more"
+        server.headers |= changes
+        with pytest.raises(
+            DbkitError, match=r"stopped at 0 bytes of .* \(it gives other bytes than it was asked for\)"
+        ):
+            download(url)
+        path = download(url)
+        assert path.read_bytes() == server.content
+        path.unlink()
+        server.content = CONTENT
+
+
+def test_a_server_that_gives_less_than_the_rest_is_asked_again(server, tmp_path):
+    url = f"{server.url}/small.ckpt"
+    server.cut = 300_000
+    with pytest.raises(DbkitError, match="stopped at 300000 bytes"):
+        download(url)
+    server.cut, server.end = None, 400_000
+    with pytest.raises(DbkitError, match=r"stopped at 400000 bytes of 1\.0 MB"):
+        download(url)
+    server.end = None
+    assert download(url).read_bytes() == CONTENT
+
+
+def test_a_server_that_does_not_say_how_much_it_gives_needs_a_sum(server, tmp_path):
+    server.length = False
+    url = f"{server.url}/small.ckpt?token=hush"
+    with pytest.raises(DbkitError, match=r"small\.ckpt does not say how large its file is, so .*; download .* sha256$"):
+        download(url)
+    assert in_cache(tmp_path) == []
+    server.cut = 300_000
+    wanted = hashlib.sha256(CONTENT).hexdigest()
+    with pytest.raises(DbkitError, match="is not the file that was stated"):
+        download(url, wanted)
+    server.cut = None
+    assert download(url, wanted).read_bytes() == CONTENT
+
+
+def test_chunks_are_whole_or_refused(server, tmp_path):
+    server.chunked, server.cut = True, 300_000
+    with pytest.raises(DbkitError, match=r"small\.ckpt cannot be downloaded \(.+\); check the connection"):
+        download(f"{server.url}/small.ckpt")
+    assert "small.ckpt" not in in_cache(tmp_path)
+    server.cut = None
+    assert download(f"{server.url}/small.ckpt").read_bytes() == CONTENT
+
+
+def test_a_packed_file_is_refused(server, tmp_path):
+    server.headers["Content-Encoding"] = "gzip"
+    with pytest.raises(DbkitError, match=r"small\.ckpt gives its file packed \(gzip\), which it was not asked to"):
+        download(f"{server.url}/small.ckpt")
+    assert in_cache(tmp_path) == []
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_empty_file_is_refused(server, tmp_path, chunked):
+    server.chunked, server.content = chunked, b""
+    server.status = 200
+    with pytest.raises(DbkitError, match=r"small\.ckpt gives an empty file; download it in a browser"):
+        download(f"{server.url}/small.ckpt")
+    assert not any("small.ckpt" in name or name == "partial" for name in in_cache(tmp_path))
 
 
 def test_a_whole_file_that_was_not_checked_yet_is_not_downloaded_again(server, tmp_path, monkeypatch):

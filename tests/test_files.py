@@ -217,3 +217,11 @@ def test_a_file_written_whole_has_the_permissions_of_other_new_files(tmp_path):
     with whole_file(tmp_path / "new") as partial:
         partial.touch(mode=0o600)
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_safe_name_fits_where_file_systems_count_bytes(tmp_path):
+    for text in ("犬" * 300, "🐕" * 300, "ä🐕" * 300, "🐕" * 60 + ".."):
+        name = safe_name(text)
+        assert name == text[: len(name)] and 150 < len(name.encode()) <= 200
+        with whole_file(tmp_path / f"{name}.safetensors", alone=True) as partial:
+            partial.touch()

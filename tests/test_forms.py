@@ -45,6 +45,17 @@ def test_a_change_is_kept_and_refilled(workspace):
     assert (again.resolution, again.framing) == (96, "random")
 
 
+def test_an_address_with_a_query_is_used_and_not_kept(workspace):
+    settings = form(ConvertConfig, workspace)
+    url = "https://example.com/small.safetensors?token=hush"
+    settings.set(source=url, destination="made", license="mit")
+    assert settings.read().source == url
+    assert "hush" not in workspace.settings_file("convert").read_text()
+    assert kept(workspace, "convert")["license"] == "mit"
+    settings.set(source="https://example.com/small.safetensors")
+    assert kept(workspace, "convert")["source"] == "https://example.com/small.safetensors"
+
+
 def test_a_learning_rate_looks_like_one(workspace):
     settings = form(TrainConfig, workspace)
     settings.set(learning_rate=2e-6)

@@ -366,3 +366,41 @@ def test_a_file_that_holds_another_lora_than_it_should_is_noticed(tmp_path):
     ):
         with pytest.raises(DbkitError, match=r"reads back as another LoRA \(lora_unet_mid"):
             write_lora(load_file(tmp_path / "a.safetensors"), wrong, tmp_path / "b.safetensors", None, {})
+
+
+def test_matrices_of_different_ranks_are_refused(tmp_path):
+    tensors = pair(f"{UNET}.attn1.to_q")
+    tensors[f"{UNET}.attn1.to_q.lora_B.weight"] = random(8, 3)
+    path = write(tmp_path / "odd.safetensors", tensors)
+    expected = r"odd\.safetensors has matrices that do not fit together \(rank 4 and 3 in lora_unet_mid_block_\w+to_q\)"
+    with pytest.raises(DbkitError, match=expected):
+        convert(path, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize("layer", ["attn2.to_k", "attn2.to_v"])
+def test_a_lora_of_stable_diffusion_xl_is_known_by_its_widths(tmp_path, layer):
+    path = write(tmp_path / "xl.safetensors", pair(f"{UNET}.{layer}", inner=(2048,), outer=1280))
+    with pytest.raises(DbkitError, match=r"xl\.safetensors is a LoRA of a Stable Diffusion XL model .* reads 2048 val"):
+        convert(path, tmp_path / "made.safetensors")
+
+
+def test_quantised_weights_are_refused(tmp_path):
+    path = write(tmp_path / "odd.safetensors", pair(f"{UNET}.attn1.to_q", dtype=torch.float8_e4m3fn))
+    with pytest.raises(
+        DbkitError, match=r"odd\.safetensors has unet\..* in (float8_e4m3fn|F8_E4M3); take the file in fp16"
+    ):
+        convert(path, tmp_path / "made.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("pretrained_vae_name_or_path", "some.vae.pt"),
+        ("extract_ema", True),
+        ("tokenizer_name", "a/b"),
+        ("license", "mit"),
+    ],
+)
+def test_settings_of_whole_models_are_refused(by_diffusers, tmp_path, setting, value):
+    with pytest.raises(DbkitError, match=rf"{setting} is for whole models, and .* is a LoRA; leave it out"):
+        convert(by_diffusers, tmp_path / "made.safetensors", **{setting: value})

@@ -1,11 +1,13 @@
 """What there is to export is read from the files of runs, and only what is whole is offered."""
 
 import os
+from pathlib import Path
 
 import pytest
 
-from dbkit import ConvertConfig, PreviewConfig, open_workspace, saved_models, train
+from dbkit import ConvertConfig, PreviewConfig, convert, open_workspace, saved_models, train
 from dbkit.forms import form
+from dbkit.lora_files import read_lora
 
 
 @pytest.fixture
@@ -64,5 +66,21 @@ def test_a_lora_is_named_and_offered_where_it_can_be_used(workspace, settings):
     assert [m.run for m in saved_models(workspace).models if m.is_lora] == ["small"]
     assert "runs/small/model" in form(PreviewConfig, workspace)._inputs["model"].options
     export = form(ConvertConfig, workspace, "export")._inputs["source"]
-    assert export.options == ("runs/thing/checkpoints/step_000001", "runs/thing/model")
+    file = next((workspace.path / "runs" / "small" / "model").glob("*.safetensors")).name
+    whole = ("runs/thing/checkpoints/step_000001", "runs/thing/model")
+    assert set(export.options) == {*whole, f"runs/small/model/{file}"}
+    assert export.value == "runs/thing/model"
     assert not form(ConvertConfig, workspace, "convert")._inputs["source"].options
+
+
+def test_a_workspace_with_a_lora_alone_exports_the_lora(settings, capsys):
+    opened = open_workspace()
+    train(**{**settings, "output_dir": opened.path / "runs" / "small", "adapter": "lora"})
+    chosen = form(ConvertConfig, opened, "export").read()
+    assert Path(chosen.source).parent == opened.path / "runs" / "small" / "model"
+    capsys.readouterr()
+    made = convert(chosen)
+    assert made == opened.path / "exports" / "small.safetensors" and read_lora(made)
+    assert f"now under diffusers' names, read back and equal; user interfaces load {chosen.source} as it is" in (
+        capsys.readouterr().out
+    )

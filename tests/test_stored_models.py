@@ -219,9 +219,9 @@ def other_vae(tmp_path_factory):
     from conftest import make_random_model
 
     folder = make_random_model(tmp_path_factory.mktemp("models") / "other", seed=9)
+    tensors, _ = open_tensors(convert(folder, folder.parent / "other.safetensors"))
     settings = folder / "vae" / "config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "scaling_factor": 0.5}))
-    tensors, _ = open_tensors(convert(folder, folder.parent / "other.safetensors"))
     return folder, {name: tensor.read() for name, tensor in tensors.items() if name.startswith(VAE)}
 
 
@@ -288,6 +288,33 @@ def test_what_is_no_vae_is_said(model, file, other_vae, tmp_path, name, expected
     save_file(part, tmp_path / "part.safetensors")
     with pytest.raises(DbkitError, match=expected):
         read_file(settings(file, pretrained_vae_name_or_path=str(tmp_path / name)))
+
+
+def test_a_vae_that_does_not_fit_is_named_in_a_short_sentence(model, file, other_vae, tmp_path):
+    name = "decoder.mid_block.attentions.0.to_q.weight"
+    weights = {key: tensor for key, tensor in read_weights(other_vae[0], "vae").items() if ".up_blocks.1." not in key}
+    save_file({**weights, name: torch.zeros(8, 8)}, tmp_path / "odd.safetensors")
+    for source, destination in ((file, "made"), (model, "made.ckpt")):
+        with pytest.raises(
+            DbkitError, match=r"^the VAE .*odd\.safetensors is not a whole one of .* 1: Missing"
+        ) as raised:
+            convert(source, tmp_path / destination, pretrained_vae_name_or_path=str(tmp_path / "odd.safetensors"))
+        assert len(str(raised.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_vae_of_other_latents_is_refused(model, other_vae, tmp_path):
+    from diffusers import AutoencoderKL
+
+    config = AutoencoderKL.load_config(other_vae[0] / "vae")
+    AutoencoderKL.from_config({**config, "latent_channels": 16}).save_pretrained(tmp_path / "wide")
+    with pytest.raises(DbkitError, match=r"the VAE .*wide has 16 latent channels and .* 4; choose one of Stable Diff"):
+        convert(model, tmp_path / "made.ckpt", pretrained_vae_name_or_path=str(tmp_path / "wide"))
+
+
+def test_it_is_said_which_vae_was_put_in(file, other_vae, tmp_path, capsys):
+    path = vae_file(tmp_path, "bare", other_vae)
+    convert(file, tmp_path / "made", pretrained_vae_name_or_path=str(path))
+    assert f"the VAE in it is {path}\n" in capsys.readouterr().out
 
 
 # What dbkit noted in a file.
