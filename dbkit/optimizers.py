@@ -278,15 +278,12 @@ def learning_rates(config: TrainConfig, total: int) -> Callable[[int], float]:
 
 
 @contextlib.contextmanager
-def out_of_memory_is_a_sentence() -> Iterator[None]:
-    """Say how much memory was used and what takes less. Nothing is tried again by itself."""
+def out_of_memory_is_a_sentence(advice: Callable[[], str]) -> Iterator[None]:
+    """Say how much memory was used and what takes less, by advice(). Nothing is tried again by itself."""
     import torch
 
     try:
         yield
     except torch.cuda.OutOfMemoryError as error:
         peak = size(torch.cuda.max_memory_allocated())
-        raise DbkitError(
-            f"the GPU ran out of memory at {peak}; turn on gradient_checkpointing and use_8bit_adam, or lower "
-            "resolution or train_batch_size, and train again"
-        ) from error
+        raise DbkitError(f"the GPU ran out of memory at {peak}; take {advice()}, and train again") from error

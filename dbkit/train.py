@@ -28,6 +28,7 @@ from dbkit.models import (
 )
 from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate
 from dbkit.order import Order
+from dbkit.plan import advice, watch
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
@@ -95,8 +96,9 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
+    takes_less = functools.partial(advice, config, device, dtype)
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
-    with keeper, stop_requests() as stop, out_of_memory_is_a_sentence():
+    with keeper, stop_requests() as stop, out_of_memory_is_a_sentence(takes_less):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):
@@ -108,6 +110,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
             rate = learning_rate(step - 1)
             losses, grad_norm = train_step(state, pools, plan.order, config, step, rate)
             log.add(step, losses, grad_norm, rate)
+            watch(step - done, config, device, dtype)
             due = keeper.due(step, stop.made)
             if due is Due.STOP:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
