@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py
 
-Trains Stable Diffusion 1 with every width divided by 4 (random weights, 256 px) for three steps under each setting, in
-a process of its own. On a CPU the peak is that of the process (VmHWM, so Linux); on a GPU that of torch's tensors
-(max_memory_allocated). --model takes a real one, --resolution its size.
+Trains Stable Diffusion 1 with every width divided by 4 (random weights, 256 px) for two steps under each setting, in
+a process of its own. On a CPU the peak is that of the process (VmHWM, so Linux), once as it is and once with glibc told
+to give back what is freed; on a GPU it is that of torch's tensors (max_memory_allocated). --model takes a real model,
+--resolution its size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ TEXT, CHECKPOINTING, BATCH, LORA = (
 )
 PRIOR = {"with_prior_preservation": True, "class_prompt": "a photo of a thing", "num_class_images": 2}
 SETTINGS: dict[str, dict] = {
-    "the defaults": {},
+    "defaults": {},
     "gradient_checkpointing": CHECKPOINTING,
     "train_batch_size 4": BATCH,
     "train_batch_size 4, gradient_checkpointing": {**BATCH, **CHECKPOINTING},
@@ -85,43 +86,46 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def one(settings: dict) -> dict:
-    """Estimate a training, then train: {phase, estimated, measured}, in bytes. Runs in a process of its own."""
+def estimate(settings: dict) -> dict:
+    """The peak that plan() names, and of it what no tensor takes, in bytes."""
+    from dbkit import TrainConfig
+    from dbkit.memory import OF_CUDA, OF_PROCESS
+    from dbkit.plan import plan
+
+    peak = plan(TrainConfig(**settings)).peak
+    others = {kind: count for kind, count in peak.parts.items() if kind in (OF_CUDA, OF_PROCESS)}
+    return {"phase": peak.phase, "peak": peak.total, "others": sum(others.values())}
+
+
+def measure(settings: dict) -> int:
+    """The peak of a training, in bytes. What this process held before must not count, so it is a fresh one."""
     import torch
 
     from dbkit import TrainConfig, train
-    from dbkit.memory import OF_CUDA
-    from dbkit.plan import plan
 
-    config = TrainConfig(**settings)
-    with contextlib.redirect_stdout(sys.stderr):
-        if "DBKIT_ESTIMATE" in os.environ:
-            peak = plan(config).peak
-            return {"phase": peak.phase, "estimated": peak.total - peak.parts.get(OF_CUDA, 0), **peak.parts}
-        train(config)
-    if torch.cuda.is_available() and config.device != "cpu":
-        return {"measured": torch.cuda.max_memory_allocated()}
-    status = Path("/proc/self/status").read_text().split("VmHWM:")[1]
-    return {"measured": int(status.split()[0]) * 1024}
+    train(TrainConfig(**settings))
+    if torch.cuda.is_available() and settings["device"] != "cpu":
+        return torch.cuda.max_memory_allocated()
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
 
 
-def in_a_process(settings: dict, **environment: str) -> dict:
-    """What one() returns, from a fresh process: what an earlier one held must not count."""
-    command = [sys.executable, __file__, "--one", json.dumps(settings)]
+def in_a_process(work: str, settings: list[dict], **environment: str) -> list:
+    """What a function of this file returns for each of the settings, called in a process of its own."""
+    command = [sys.executable, __file__, "--work", work, json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def draw_photos(folder: Path) -> Path:
+def draw_photos(folder: Path, seed: int) -> Path:
     """Two pictures of noise."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True)
     for number in range(2):
-        pixels = np.random.default_rng(number).integers(0, 255, (512, 512, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(seed + number).integers(0, 255, (512, 512, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
 
@@ -130,44 +134,65 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", type=Path, help="a diffusers folder in place of the narrow model")
     parser.add_argument("--resolution", type=int, default=256)
-    parser.add_argument("--only", help="settings whose names have this text")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--only", default="", help="settings whose names have this text")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(one(json.loads(arguments.one))))
+    if arguments.work:
+        with contextlib.redirect_stdout(sys.stderr):
+            work = {"estimate": estimate, "measure": measure}[arguments.work[0]]
+            done = [work(each) for each in json.loads(arguments.work[1])]
+        print(json.dumps(done))
         return
-    rows = []
+    changes = {name: each for name, each in SETTINGS.items() if arguments.only in name}
+    on_cpu = arguments.device == "cpu"
     with tempfile.TemporaryDirectory() as place:
-        base, photos = Path(place), draw_photos(Path(place) / "photos")
-        class_images = draw_photos(base / "class")
+        base = Path(place)
+        photos, class_images = draw_photos(base / "photos", 0), draw_photos(base / "class", 2)
         model = arguments.model or make_model(base / "model")
-        for number, (name, changes) in enumerate(SETTINGS.items()):
-            if arguments.only and arguments.only not in name:
-                continue
-            settings = {
+        settings = [
+            {
                 "pretrained_model_name_or_path": str(model),
                 "instance_data_dir": str(photos),
                 "instance_prompt": "a photo of zwx thing",
-                "output_dir": str(base / "runs" / str(number)),
-                "max_train_steps": 3,
+                "output_dir": str(base / "run"),
+                "start_over": True,
+                "max_train_steps": 2,
                 "auto_test_model": False,
                 "device": arguments.device,
-                **changes,
-                "resolution": int(arguments.resolution * changes.get("resolution", 1)),
+                **each,
+                **({"class_data_dir": str(class_images)} if each.get("with_prior_preservation") else {}),
+                "resolution": int(arguments.resolution * each.get("resolution", 1)),
             }
-            if changes.get("with_prior_preservation"):
-                settings["class_data_dir"] = str(class_images)
-            estimate, measured = in_a_process(settings, DBKIT_ESTIMATE="1"), in_a_process(settings)["measured"]
-            rows.append((name, estimate["phase"], estimate["estimated"], measured, estimate.get("libraries", 0)))
-            print(f"{name}: {estimate} {measured}", file=sys.stderr, flush=True)
-    print(f"\nMade by `python benchmarks/memory.py` on {platform.machine()}, {os.cpu_count()} cores.\n")
-    print("| settings | estimated, MB | in | measured, MB | estimated / measured | without the libraries |")
-    print("| :-- | --: | :-- | --: | --: | --: |")
-    for name, phase, estimated, measured, libraries in rows:
-        alone = (estimated - libraries) / (measured - libraries)
-        ratios = f"{estimated / measured:.2f} | {alone:.2f}"
-        print(f"| {name} | {estimated / 1e6:.0f} | {phase} | {measured / 1e6:.0f} | {ratios} |")
+            for each in changes.values()
+        ]
+        estimates = in_a_process("estimate", settings)
+        rows = []
+        for name, given, estimated in zip(changes, settings, estimates):
+            [measured] = in_a_process("measure", [given])
+            # From this size on glibc gives blocks back when they are freed: what is left is what tensors hold.
+            [tensors] = in_a_process("measure", [given], MALLOC_MMAP_THRESHOLD_="131072") if on_cpu else [measured]
+            rows.append((name, estimated, measured, tensors))
+            print(rows[-1], file=sys.stderr, flush=True)
+    print_table(rows, on_cpu)
+
+
+def print_table(rows: list[tuple[str, dict, int, int]], on_cpu: bool) -> None:
+    """All figures in MB (10^6 bytes)."""
+    import torch
+
+    print(f"Made by `{' '.join(['python', *sys.argv])}` on {platform.machine()}, {os.cpu_count()} cores, torch")
+    print(f"{torch.__version__}.\n")
+    # What the process takes beside tensors, by the first row alone.
+    process = rows[0][3] - (rows[0][1]["peak"] - rows[0][1]["others"]) if on_cpu else 0
+    titles = "settings | peak by `plan` | in | measured | ratio | tensors by `plan`"
+    print(f"| {titles} | measured less {process / 1e6:.0f} | ratio |")
+    print("| :-- | --: | :-- | --: | --: | --: | --: | --: |")
+    for name, estimated, measured, tensors in rows:
+        counted, tensors = estimated["peak"] - estimated["others"], tensors - process
+        peak = estimated["peak"] if on_cpu else counted
+        whole = f"{peak / 1e6:.0f} | {estimated['phase']} | {measured / 1e6:.0f} | {peak / measured:.2f}"
+        print(f"| {name} | {whole} | {counted / 1e6:.0f} | {tensors / 1e6:.0f} | {counted / tensors:.2f} |")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import contextlib
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,17 +31,19 @@ from dbkit.train_config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-# In bytes. LIBRARIES is the process with everything imported and nothing loaded, measured on a CPU. REST is what CUDA
-# takes beside tensors, workspaces and fragments: assumed, as no GPU was at hand.
-LIBRARIES, REST = 560_000_000, 1_100_000_000
+# In bytes. OF_PROCESS is what a training on the CPU takes beside its tensors, in benchmarks/memory.py: about 490 MB of
+# libraries, the rest blocks that are free and that the C library keeps. OF_CUDA is what CUDA takes beside tensors,
+# workspaces and fragments: assumed, as no GPU was at hand.
+PROCESS_BYTES, CUDA_BYTES = 640_000_000, 1_100_000_000
 # A part of what is free is left over, since the figures are approximate.
 USABLE = 0.9
-# What an optimizer holds beside its state while it steps, in bytes a parameter: pytorch_optimizer works on all tensors
-# at once where it can.
-SCRATCH = {"lion": 4, "prodigy": 4}
+# What an optimizer holds beside its state while it steps, in bytes a parameter, by device: pytorch_optimizer works on
+# all tensors at once where it can.
+SCRATCH = {"lion": {"cuda": 4, "mps": 4, "cpu": 4}, "prodigy": {"cuda": 4}}
 TRAINED, FROZEN, STATE, AVERAGES = "trained weights", "frozen weights", "optimizer state", "averages (EMA)"
 GRADIENTS = "gradients"
-CACHE, SAVED, OF_CUDA = "cached latents and texts", "copies that are written", "CUDA, workspaces and fragments"
+CACHE, SAVED = "cached latents and texts", "copies that are written"
+OF_CUDA, OF_PROCESS = "CUDA, workspaces and fragments", "libraries and free blocks"
 # The settings on which the count of a step depends, beside model, sizes and arithmetic.
 _COUNTED = (
     "train_batch_size",
@@ -168,10 +170,10 @@ def step_peak(config: TrainConfig, configs: Configs, place: Place, cached: int =
     kept = _kept(config, configs, place)
     at_rest = {kind: moments[-1].get(kind, 0) for kind in (TRAINED, FROZEN)}
     count = sum(parameter.numel() for parameter in trained)
-    scratch = SCRATCH.get(config.chosen_optimizer, 0) * count if place.kind == "cuda" else 0
+    scratch = SCRATCH.get(config.chosen_optimizer, {}).get(place.kind, 0) * count
     if config.chosen_optimizer == "adafactor":  # one tensor after the other, with its squares and its update
         scratch = 12 * max(parameter.numel() for parameter in trained)
-    stepping = {**at_rest, GRADIENTS: 4 * count, ACTIVATIONS: scratch}
+    stepping = {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
     most = max((*moments, stepping), key=lambda parts: sum(parts.values()))
     return _peak("a training step", {**most, **kept, CACHE: cached}, configs, place, most)
 
@@ -179,17 +181,23 @@ def step_peak(config: TrainConfig, configs: Configs, place: Place, cached: int =
 def _kept(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
     """What is there from step to step beside the weights."""
     trained = trained_tensors(config, configs, place)
-    averages = 4 * sum(parameter.numel() for parameter in trained) if config.use_ema else 0
-    return {STATE: state_bytes(config.chosen_optimizer, trained), AVERAGES: averages}
+    return {
+        STATE: state_bytes(config.chosen_optimizer, trained),
+        AVERAGES: _bytes(trained) if config.use_ema else 0,
+    }
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _peak(phase: str, parts: dict[str, int], configs: Configs, place: Place, on_device: dict[str, int]) -> Peak:
     """A phase with what comes on top of its tensors: on the CPU all of the model and the libraries."""
     more: Counter[str] = Counter(parts)
     if place.kind == "cuda":
-        more[OF_CUDA] += REST
+        more[OF_CUDA] += CUDA_BYTES
     else:
-        more["libraries"] += LIBRARIES
+        more[OF_PROCESS] += PROCESS_BYTES
         model = 4 * sum(sizes_of_parts(configs).values())
         more[FROZEN] += max(0, model - on_device.get(TRAINED, 0) - on_device.get(FROZEN, 0))
     return Peak(phase, {kind: count for kind, count in more.items() if count})
@@ -210,8 +218,8 @@ def process_peaks(config: TrainConfig, configs: Configs, place: Place, cached: i
     moved = 0 if on_cpu else 4 * (parts["unet"] + parts["text_encoder"] * config.train_text_encoder)
     kept = {**_kept(config, configs, place), CACHE: cached} if on_cpu else {}
     weights = {TRAINED: 4 * count * on_cpu, FROZEN: everything - moved - (0 if lora else 4 * count * on_cpu)}
-    loading_parts = {FROZEN: everything, "libraries": LIBRARIES}
-    saving_parts = {**weights, **kept, SAVED: max(copies), "libraries": LIBRARIES}
+    loading_parts = {FROZEN: everything, OF_PROCESS: PROCESS_BYTES}
+    saving_parts = {**weights, **kept, SAVED: max(copies), OF_PROCESS: PROCESS_BYTES}
     return [
         Peak(phase, {kind: count for kind, count in held.items() if count})
         for phase, held in (("loading the model", loading_parts), ("saving", saving_parts))
@@ -360,8 +368,9 @@ def _count_sampling(
     if live:
         with quiet(), torch.device("meta"):
             train_parts(config, models, torch.device("meta"))
-    for part in parts:
-        getattr(models, part).eval().to(torch.float32 if live else place.dtype)
+    with quiet():
+        for part in parts:
+            getattr(models, part).eval().to(torch.float32 if live else place.dtype)
     times = 2 if guided else 1
     channels, height, width = _latent_shape(models, largest_size(config))
     tokens = min(models.text_encoder.config.max_position_embeddings, 77)
@@ -394,4 +403,4 @@ def _sampling_peak(
     if live or place.kind == "cuda":
         return _peak(phase, {**counted, **(held or {})}, configs, place, counted)
     # Class images are made before the model is loaded for training.
-    return Peak(phase, {**counted, "libraries": LIBRARIES})
+    return Peak(phase, {**counted, OF_PROCESS: PROCESS_BYTES})

@@ -11,11 +11,12 @@ from dbkit.counting import ACTIVATIONS, COPIES, make_arithmetic, make_ledger, ru
 from dbkit.losses import add_noise, per_sample_loss
 from dbkit.memory import (
     AVERAGES,
+    CUDA_BYTES,
     FROZEN,
     GRADIENTS,
-    LIBRARIES,
     OF_CUDA,
-    REST,
+    OF_PROCESS,
+    PROCESS_BYTES,
     STATE,
     TRAINED,
     Place,
@@ -101,11 +102,11 @@ def test_static_parts_are_those_of_the_real_modules(count, parameters):
         assert at_unet[kind] == pytest.approx(each * unet, rel=0.01)
     assert count(train_text_encoder=True).parts[STATE] == 8 * (unet + text)
     assert count(optimizer="lion").parts[STATE] == 4 * unet
-    assert count().parts[OF_CUDA] == REST
+    assert count().parts[OF_CUDA] == CUDA_BYTES
     # On the CPU all of the model is there, and the process itself.
     on_cpu = count(CPU).parts
     assert on_cpu[TRAINED] + on_cpu[FROZEN] == pytest.approx(4 * sum(parameters.values()), rel=0.01)
-    assert on_cpu["libraries"] == LIBRARIES
+    assert on_cpu[OF_PROCESS] == PROCESS_BYTES
 
 
 def test_the_parts_of_a_model_are_counted_without_it(settings, parameters):
@@ -146,9 +147,9 @@ def test_the_count_is_what_a_real_step_holds(settings, model, changes):
 def test_settings_move_the_peak_the_way_they_should(count):
     larger = {"resolution": 256, "train_batch_size": 4}
     whole = count(**larger).total
-    assert count(gradient_checkpointing=True, **larger).total - REST < 0.7 * (whole - REST)
+    assert count(gradient_checkpointing=True, **larger).total - CUDA_BYTES < 0.7 * (whole - CUDA_BYTES)
     assert count(HALF, **larger).parts[ACTIVATIONS] < count(**larger).parts[ACTIVATIONS]
-    assert count(**{**larger, "train_batch_size": 8}).total - REST > 1.4 * (whole - REST)
+    assert count(**{**larger, "train_batch_size": 8}).total - CUDA_BYTES > 1.4 * (whole - CUDA_BYTES)
     assert count(train_text_encoder=True, **larger).total > whole
     assert count(gradient_accumulation_steps=2, **larger).total > whole
     assert count(use_aspect_ratio_bucket=True, **larger).total > whole
@@ -197,9 +198,9 @@ def test_more_previews_at_once_take_more(settings):
 def test_saving_takes_the_copies_that_are_written(settings, parameters):
     config = TrainConfig(**{**settings, "save_precision": "fp16"})
     load, save = process_peaks(config, read_configs(config), GPU)
-    assert load.total == 4 * sum(parameters.values()) + LIBRARIES
+    assert load.total == 4 * sum(parameters.values()) + PROCESS_BYTES
     frozen = 4 * (parameters["vae"] + parameters["text_encoder"])
-    assert save.total == frozen + 4 * parameters["unet"] + LIBRARIES
+    assert save.total == frozen + 4 * parameters["unet"] + PROCESS_BYTES
 
 
 def test_a_model_of_the_hub_that_is_not_here_is_said(settings):
