@@ -24,15 +24,15 @@ from dbkit.libraries import hub_errors, hub_options, loading, quiet
 from dbkit.losses import add_noise, per_sample_loss
 from dbkit.models import CONFIGS, WEIGHTS, Models, model_facts, read_config, vae_folder
 from dbkit.optimizers import state_bytes
-from dbkit.state import train_parts
+from dbkit.state import State, train_parts
 from dbkit.text import clip_skip_of, encode_prompts
 from dbkit.train_config import TrainConfig
 
 if TYPE_CHECKING:
     import torch
 
-# In bytes. OF_PROCESS is what a training on the CPU takes beside its tensors, in benchmarks/memory.py: about 490 MB of
-# libraries, the rest blocks that are free and that the C library keeps. OF_CUDA is what CUDA takes beside tensors,
+# In bytes. OF_PROCESS is what a training on the CPU takes beside its tensors, in benchmarks/memory.py: about 530 MB of
+# libraries, the rest free blocks that the C library keeps. OF_CUDA is what CUDA takes beside tensors,
 # workspaces and fragments: assumed, as no GPU was at hand.
 PROCESS_BYTES, CUDA_BYTES = 640_000_000, 1_100_000_000
 # A part of what is free is left over, since the figures are approximate.
@@ -224,6 +224,19 @@ def process_peaks(config: TrainConfig, configs: Configs, place: Place, cached: i
         Peak(phase, {kind: count for kind, count in held.items() if count})
         for phase, held in (("loading the model", loading_parts), ("saving", saving_parts))
     ]
+
+
+def held(state: State) -> dict[str, int]:
+    """What a training really holds now, in bytes by what it is for, of the kinds whose tensors are known."""
+    trained = state.parameters
+    moments = [value for values in state.optimizer.state.values() for value in values.values()]
+    averages = [tensor for own in state.ema.averages.values() for tensor in own] if state.ema else []
+    return {
+        TRAINED: _bytes(trained),
+        STATE: _bytes(value for value in moments if hasattr(value, "nbytes")),
+        AVERAGES: _bytes(averages),
+        GRADIENTS: _bytes(parameter.grad for parameter in trained if parameter.grad is not None),
+    }
 
 
 # The counts, each made once.

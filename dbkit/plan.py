@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
 import itertools
@@ -11,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dbkit import processes, zero
 from dbkit.auto import choose_settings, has_8bit_adam, machine_of
 from dbkit.concepts import concepts_of
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, counted
 from dbkit.examples import training_images
 from dbkit.files import free_space, size
 from dbkit.keeper import all_saves, usable_size
@@ -25,6 +27,7 @@ from dbkit.memory import (
     Peak,
     Place,
     device_peaks,
+    held,
     largest_size,
     process_peaks,
     read_configs,
@@ -35,7 +38,7 @@ from dbkit.memory import (
 from dbkit.models import check_resolution, model_facts
 from dbkit.preview import read_prompts
 from dbkit.settings import configured_by, replace
-from dbkit.state import state_size
+from dbkit.state import State, state_size
 from dbkit.status import duration, status
 from dbkit.train_config import TrainConfig
 from dbkit.workspace import default_folder, working_folder
@@ -54,8 +57,8 @@ class Change:
     needs: int
 
     def __str__(self) -> str:
-        words = {True: "on", False: "off"}
-        listed = ", ".join(f"{name} {words.get(value, value)}" for name, value in self.settings.items())
+        words = {"True": "on", "False": "off"}
+        listed = ", ".join(f"{name} {words.get(str(value), value)}" for name, value in self.settings.items())
         return f"{listed} (saves {size(self.saves)}, then {size(self.needs)}; {self.cost})"
 
 
@@ -107,17 +110,18 @@ class Plan:
         """What there is to say, each with its title."""
         yield f"memory, {self.device}", f"{size(self.peak.total)} in {self.peak.phase}{self._verdict()}"
         for kind, count in sorted(self.peak.parts.items(), key=lambda part: -part[1]):
-            yield f"  {kind}", size(count)
+            if count >= 1e6:
+                yield f"  {kind}", size(count)
         for peak in self.peaks:
             if peak is not self.peak:
                 yield f"memory in {peak.phase}", size(peak.total)
-        for number, change in enumerate(self.changes, 1):
-            yield f"change {number}", str(change)
+        for title, change in zip(("it fits with", "or with"), self.changes):
+            yield title, str(change)
         if self.ram:
             free = f", {size(self.ram_free)} free" if self.ram_free else ""
             yield "RAM", f"{size(self.ram.total)} in {self.ram.phase}{free}"
-        for folder, needed, free in self.disk:
-            yield "disk", f"{size(needed)} in {folder}, {size(free)} free{'' if needed <= free else ': too little'}"
+        for title, (folder, needed, free) in zip(("disk", "disk at home"), self.disk):
+            yield title, f"{size(needed)} in {folder}, {size(free)} free{'' if needed <= free else ': too little'}"
         yield "steps", f"{self.steps}; {self._time()}"
 
     def _verdict(self) -> str:
@@ -176,16 +180,12 @@ def _method(config: TrainConfig) -> str:
 
 def _title(config: TrainConfig, dtype: torch.dtype) -> str:
     width, height = largest_size(config)
-    pictures = (
-        f"{config.train_batch_size} + {config.train_batch_size}"
-        if config.with_prior_preservation
-        else (str(config.train_batch_size))
-    )
+    pictures = counted(config.train_batch_size * (2 if config.with_prior_preservation else 1), "picture")
     what = "LoRA of U-Net" if config.adapter == "lora" else "U-Net"
     what += " and text encoder" if config.train_text_encoder else ""
     more = ", gradient checkpointing" if config.gradient_checkpointing else ""
     kind = str(dtype).removeprefix("torch.")
-    return f"{what}, {config.chosen_optimizer}, {pictures} pictures of {width} x {height} in a pass, {kind}{more}"
+    return f"{what}, {config.chosen_optimizer}, {pictures} of {width} x {height} in each pass, {kind}{more}"
 
 
 def _peaks(config: TrainConfig, configs: Configs, place: Place, images: int) -> list[Peak]:
@@ -312,27 +312,57 @@ def _changed(config: TrainConfig, changes: tuple[tuple[int, dict[str, Any], str]
     return replace(config, **unused, **settings)
 
 
-def advice(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """The two cheapest changes that lower the peak of a step, each with what it saves, for who ran out of memory."""
-    configs, place = read_configs(config), Place(device.type, dtype)
+def watch(taken: int, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Print what a step was estimated to take and what it took, after the second one: the first makes the state."""
+    import torch
+
+    if device.type != "cuda" or taken > 2 or processes.shards() or zero.asked():
+        return
+    if taken == 1:
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(DbkitError):  # a Hub that does not answer now must not end a training
+        estimated = _tensors(step_peak(config, read_configs(config), Place(device.type, dtype)))
+        measured = torch.cuda.max_memory_allocated(device)
+        print(f"\nmemory of a step: {size(estimated)} estimated, {size(measured)} measured, beside what CUDA takes")
+
+
+@contextlib.contextmanager
+def out_of_memory_is_told(config: TrainConfig, state: State, device: torch.device) -> Iterator[None]:
+    """Print what was estimated and what is there, and say what takes less. Nothing is tried again by itself."""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        measured = torch.cuda.max_memory_allocated()
+        configs, place = read_configs(config), Place(device.type, state.dtype)
+        print(f"\n{compare(step_peak(config, configs, place), held(state), measured)}")
+        takes_less = advice(config, configs, place, device)
+        raise DbkitError(
+            f"the GPU ran out of memory at {size(measured)}; take {takes_less}, and train again"
+        ) from error
+
+
+def compare(estimated: Peak, there: dict[str, int], measured: int) -> str:
+    """A step's memory as a table: each part as it was estimated and, where it can be told, as it is."""
+    rows = [("memory of a step", "estimated", "measured")]
+    for kind, count in sorted(estimated.parts.items(), key=lambda part: -part[1]):
+        if kind != OF_CUDA:
+            rows.append((f"  {kind}", size(count), size(there[kind]) if kind in there else ""))
+    rows.append(("all tensors", size(_tensors(estimated)), size(measured)))
+    return "\n".join(f"{title:<32} {one:>12} {two:>12}".rstrip() for title, one, two in rows)
+
+
+def _tensors(peak: Peak) -> int:
+    return peak.total - peak.parts.get(OF_CUDA, 0)
+
+
+def advice(config: TrainConfig, configs: Configs, place: Place, device: torch.device) -> str:
+    """The two cheapest changes that lower the peak of a step, each with what it saves."""
     before, helps = step_peak(config, configs, place).total, []
     for change in _possible(config, configs, device):
         saves = before - step_peak(_changed(config, (change,)), configs, place).total
         if saves > 0.02 * before:
             helps.append(Change(change[1], change[2], saves, before - saves))
     return " or ".join(map(str, helps[:2])) or "a larger GPU"
-
-
-def watch(taken: int, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Print what a step was estimated to take and what it took, after the second one: the first makes the state."""
-    import torch
-
-    if device.type != "cuda" or taken > 2:
-        return
-    if taken == 1:
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    estimated = step_peak(config, read_configs(config), Place(device.type, dtype))
-    tensors = estimated.total - estimated.parts[OF_CUDA]
-    measured = torch.cuda.max_memory_allocated(device)
-    print(f"\nmemory of a step: {size(tensors)} estimated, {size(measured)} measured, beside what CUDA itself takes")

@@ -26,9 +26,9 @@ from dbkit.models import (
     check_zero_terminal_snr,
     load_base,
 )
-from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate
+from dbkit.optimizers import learning_rates, set_learning_rate
 from dbkit.order import Order
-from dbkit.plan import advice, watch
+from dbkit.plan import out_of_memory_is_told, watch
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
@@ -96,9 +96,8 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
-    takes_less = functools.partial(advice, config, device, dtype)
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
-    with keeper, stop_requests() as stop, out_of_memory_is_a_sentence(takes_less):
+    with keeper, stop_requests() as stop, out_of_memory_is_told(config, state, device):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):

@@ -1,6 +1,7 @@
 """plan(): what a training needs, said before anything is loaded, and changes that really make it fit."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,9 +9,24 @@ import torch
 import dbkit
 from dbkit import DbkitError, TrainConfig
 from dbkit.cli import main
-from dbkit.memory import Place, device_peaks, read_configs
-from dbkit.plan import advice, cheapest_changes, plan
+from dbkit.files import size
+from dbkit.memory import (
+    AVERAGES,
+    GRADIENTS,
+    OF_PROCESS,
+    PROCESS_BYTES,
+    STATE,
+    TRAINED,
+    Place,
+    device_peaks,
+    held,
+    read_configs,
+    step_peak,
+)
+from dbkit.models import load_models
+from dbkit.plan import cheapest_changes, out_of_memory_is_told, plan
 from dbkit.settings import replace
+from dbkit.state import make_state
 
 CPU = torch.device("cpu")
 PLACE = Place("cpu", torch.float32)
@@ -25,9 +41,9 @@ def need(config):
 def test_the_table_has_memory_disk_and_steps(settings):
     made = plan(**settings)
     said = str(made)
-    assert said.startswith("U-Net, adamw, 1 pictures of 64 x 64 in a pass, float32\n")
+    assert said.startswith("U-Net, adamw, 1 picture of 64 x 64 in each pass, float32\n")
     assert made.fits and "it fits" in said and not made.changes
-    for part in ("trained weights", "optimizer state", "libraries", "disk", "memory in encoding the images"):
+    for part in ("trained weights", "optimizer state", OF_PROCESS, "disk", "memory in encoding the images"):
         assert part in said
     assert "2; how long they take is known after the first ones" in said
     assert made.peak.total == max(peak.total for peak in made.peaks)
@@ -64,11 +80,12 @@ def test_the_time_is_that_of_the_runs_own_log(settings):
 
 
 def test_what_does_not_fit_is_said_with_what_would(settings):
-    made = plan(**{**settings, "resolution": 1024, "train_batch_size": 1024})
-    assert made.fits is False and "it does not fit" in str(made)
-    assert len(made.changes) == 2 and made.changes[0].settings["train_batch_size"] == 1
+    large = {**settings, "resolution": 1024, "train_batch_size": 1024}
+    made = plan(**large)
+    assert made.fits is False and "it does not fit" in str(made) and "  it fits with " in str(made)
+    assert made.changes[0].settings["train_batch_size"] == 1 and "train_batch_size 1, " in str(made)
     for change in made.changes:
-        fitting = plan(**{**settings, "resolution": 1024, "train_batch_size": 1024, **change.settings})
+        fitting = plan(**{**large, **change.settings})
         assert fitting.fits and fitting.peak.total == change.needs
         assert change.saves == made.peak.total - change.needs
 
@@ -77,16 +94,17 @@ def test_what_does_not_fit_is_said_with_what_would(settings):
 def test_changes_fit_when_they_are_estimated_again_and_none_is_superfluous(settings, share):
     config = TrainConfig(**{**settings, **LARGE, "train_text_encoder": True})
     before = need(config)
-    changes = cheapest_changes(config, read_configs(config), PLACE, 3, CPU, share * before)
+    limit = PROCESS_BYTES + share * (before - PROCESS_BYTES)
+    changes = cheapest_changes(config, read_configs(config), PLACE, 3, CPU, limit)
     assert len(changes) == 2
     for change in changes:
         assert need(replace(config, **change.settings)) == pytest.approx(change.needs, rel=0.001)
-        assert change.needs <= share * before
+        assert change.needs <= limit
         for name in set(change.settings) - {"gradient_accumulation_steps"}:
             fewer = {key: value for key, value in change.settings.items() if key != name}
             if name == "train_batch_size":
                 fewer.pop("gradient_accumulation_steps")
-            assert need(replace(config, **fewer)) > share * before
+            assert need(replace(config, **fewer)) > limit
 
 
 def test_where_nothing_helps_it_says_so(settings):
@@ -98,14 +116,40 @@ def test_what_hangs_on_a_setting_that_is_turned_off_goes_with_it(settings):
     changes = {**LARGE, "train_text_encoder": True, "text_encoder_learning_rate": 1e-6, "use_ema": True}
     config = TrainConfig(**{**settings, **changes, "ema_decay": 0.99})
     for share in (0.9, 0.6):
-        assert cheapest_changes(config, read_configs(config), PLACE, 3, CPU, share * need(config))
+        limit = PROCESS_BYTES + share * (need(config) - PROCESS_BYTES)
+        assert cheapest_changes(config, read_configs(config), PLACE, 3, CPU, limit)
 
 
-def test_who_ran_out_of_memory_is_told_the_cheapest_two(settings):
-    config = TrainConfig(**{**settings, **LARGE, "optimizer": "lion"})
-    said = advice(config, CPU, torch.float32)
-    assert said.startswith("gradient_checkpointing on (saves ") and " or train_batch_size 1, " in said
-    assert "about a quarter slower" in said
+def test_who_ran_out_of_memory_sees_both_figures_and_is_told_the_cheapest_two(settings, capsys):
+    config = TrainConfig(**{**settings, **LARGE, "optimizer": "lion", "use_ema": True})
+    state = make_state(
+        config, load_models(config.pretrained_model_name_or_path), CPU, torch.float32, "pytorch_optimizer"
+    )
+    expected = (
+        r"^the GPU ran out of memory at .+; take gradient_checkpointing on \(saves .+ about a quarter slower\) or "
+        r"train_batch_size 1, gradient_accumulation_steps 8 .+, and train again$"
+    )
+    with pytest.raises(DbkitError, match=expected), out_of_memory_is_told(config, state, CPU):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    said = capsys.readouterr().out
+    weights = size(sum(p.nbytes for p in state.models.unet.parameters()))
+    for kind in (TRAINED, AVERAGES):
+        assert re.search(rf"{re.escape(kind)} +\S+ \S+ +{weights}\n", said)
+    with pytest.raises(RuntimeError, match="something else"), out_of_memory_is_told(config, state, CPU):
+        raise RuntimeError("something else")
+
+
+def test_what_is_there_is_what_was_estimated(settings):
+    """After a real step: weights, state and averages to the byte, but for the state's counter of steps."""
+    config = TrainConfig(**{**settings, "use_ema": True})
+    state = make_state(config, load_models(config.pretrained_model_name_or_path), CPU, torch.float32, "torch")
+    for parameter in state.parameters:
+        parameter.grad = torch.ones_like(parameter)
+    state.optimizer.step()
+    estimated, there = step_peak(config, read_configs(config), PLACE).parts, held(state)
+    for kind in (TRAINED, STATE, AVERAGES):
+        assert there[kind] == pytest.approx(estimated[kind], rel=0.01)
+    assert there[GRADIENTS] == there[TRAINED]
 
 
 def test_the_command_takes_the_settings_of_a_training(settings, tmp_path, capsys):
