@@ -181,8 +181,7 @@ def print_table(rows: list[tuple[str, dict, int, int]], on_cpu: bool) -> None:
     """All figures in MB (10^6 bytes)."""
     import torch
 
-    print(f"Made by `{' '.join(['python', *sys.argv])}` on {platform.machine()}, {os.cpu_count()} cores, torch")
-    print(f"{torch.__version__}.\n")
+    print(f"Made by `{' '.join(['python', *sys.argv])}` on {platform.machine()}, torch {torch.__version__}, in MB.\n")
     # What the process takes beside tensors, by the first row alone.
     process = rows[0][3] - (rows[0][1]["peak"] - rows[0][1]["others"]) if on_cpu else 0
     titles = "settings | peak by `plan` | in | measured | ratio | tensors by `plan`"
