@@ -1,9 +1,9 @@
 """dbkit teaches Stable Diffusion a subject or a style from a handful of pictures.
 
-Five functions do the main job; caption_dataset() and check_identifier() help with its data, evaluate() measures what
-came of it, merge() puts a LoRA into its model and extract_lora() takes one out, status() tells how far a run is, and
-saved_models() what there is to export. Each takes its settings object, or the settings by name. Heavy libraries are
-imported when a function is called.
+Five functions do the main job; caption_dataset() and check_identifier() help with its data, plan() says what a training
+will need, evaluate() measures what came of it, merge() puts a LoRA into its model and extract_lora() takes one out,
+status() tells how far a run is, and saved_models() what there is to export. Each takes its settings object, or the
+settings by name. Heavy libraries are imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -28,6 +28,7 @@ from dbkit.evaluate import evaluate
 from dbkit.extract import extract_lora
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
+from dbkit.plan import Plan, plan
 from dbkit.preview import preview
 from dbkit.saved_models import SavedModels, saved_models
 from dbkit.status import RunStatus, status
@@ -44,6 +45,7 @@ __all__ = [
     "ExtractLoraConfig",
     "IdentifierConfig",
     "MergeConfig",
+    "Plan",
     "PrepareConfig",
     "PreviewConfig",
     "RunStatus",
@@ -59,6 +61,7 @@ __all__ = [
     "generate_class_images",
     "merge",
     "open_workspace",
+    "plan",
     "prepare_dataset",
     "preview",
     "saved_models",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import embedded, processes
 from dbkit.concepts import concepts_of
-from dbkit.errors import counted
+from dbkit.errors import DbkitError, counted
 from dbkit.examples import training_images
+from dbkit.memory import STABLE_DIFFUSION_1, USABLE, Configs, Place, read_configs, step_peak
 from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
 from dbkit.train_config import TrainConfig
@@ -20,14 +22,6 @@ from dbkit.train_config import TrainConfig
 if TYPE_CHECKING:
     import torch
 
-# Stable Diffusion 1: billions of parameters. A picture: GB of activations at 512 px, without and with checkpointing.
-# The rest: CUDA's own memory, workspaces and fragments, in GB. Fitted to published figures, which tests compare.
-UNET, TEXT_ENCODER = 0.86, 0.12
-PICTURE, PICTURE_CHECKPOINTED, REST = 1.5, 0.5, 1.3
-# What each optimizer keeps, in bytes a parameter.
-STATE = {"adamw": 8, "adamw8bit": 2, "adafactor": 0, "lion": 4, "prodigy": 16}
-# A part is left over, for the figures are approximate.
-USABLE = 0.9
 # What is seen of the images over a run: 100 times each, within these bounds.
 LEAST_SUBJECT, LEAST_WITH_CLASS, MOST_SUBJECT, MOST_CAPTIONED = 400, 800, 4_000, 60_000
 CAPTIONED_BATCH = 4
@@ -94,10 +88,11 @@ def machine_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) ->
     free, _ = torch.cuda.mem_get_info(device)
     # What torch holds and does not use is free for the run.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return Machine(torch.cuda.get_device_name(device), free / 1e9, kind, _has_8bit_adam(config, device))
+    return Machine(torch.cuda.get_device_name(device), free / 1e9, kind, has_8bit_adam(config, device))
 
 
-def _has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
+def has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
+    """Whether one of the libraries that have AdamW in 8 bit works on the device."""
     if config.optimizer != "adamw":
         return False
     tried = {name: getattr(TrainConfig, name) for name in left_to_auto(config)} | {"use_8bit_adam": True}
@@ -150,12 +145,15 @@ def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machi
     eight = machine.has_8bit_adam and adam
     pairs = (*_WHOLE, (False, True), (True, True)) if eight else (*_WHOLE, (True, False))
     ways = _ways(config, pairs, [size for size in (4, 2, 1) if size <= wanted], wanted)
-    need = {number: memory(config, machine, **way) for number, way in enumerate(ways)}
-    fitting = [number for number, (size, _) in need.items() if size <= USABLE * machine.memory]
-    # Of ways that need the same the one that saves most, since the figures are approximate.
-    best = fitting[0] if fitting else min(reversed(need), key=lambda number: need[number][0])
-    why += f", {machine.memory:.1f} GB free: about {need[best][0]:.1f} GB = {need[best][1]}"
-    if not fitting:
+    configs, known = _configs(config)
+    need = functools.cache(lambda number: memory(config, configs, machine, **ways[number]))
+    fitting = (number for number in range(len(ways)) if need(number)[0] <= USABLE * machine.memory)
+    best = next(fitting, None)
+    fits = best is not None
+    if not fits:  # of ways that need the same the one that saves most, since the figures are approximate
+        best = min(reversed(range(len(ways))), key=lambda number: need(number)[0])
+    why += f", {machine.memory:.1f} GB free: about {need(best)[0]:.1f} GB{known} = {need(best)[1]}"
+    if not fits:
         less = "a smaller resolution" if _lora(config) else "a LoRA"
         why += f"; that leaves too little room: {less} or a larger GPU is needed"
     if best and adam and not eight and config.use_8bit_adam == AUTO:
@@ -181,35 +179,23 @@ def _ways(
     return ways
 
 
-def memory(
-    config: TrainConfig,
-    machine: Machine,
-    train_batch_size: int,
-    gradient_accumulation_steps: int,
-    gradient_checkpointing: bool,
-    use_8bit_adam: bool,
-) -> tuple[float, str]:
-    """About how many GB a step takes at its peak, and the sum in words.
+def _configs(config: TrainConfig) -> tuple[Configs, str]:
+    """The model's settings, or those of Stable Diffusion 1 where they cannot be had yet, and what to say of that."""
+    try:
+        return read_configs(config), ""
+    except DbkitError:  # said when the model is loaded
+        return STABLE_DIFFUSION_1, " for Stable Diffusion 1"
 
-    The peak is at the end of the forward pass (activations and the 16-bit copies of the weights) or of the backward
-    pass (gradients, after those are gone).
-    """
-    half = machine.dtype != "fp32"
-    area = config.bucket_max_area or 1.5 * config.resolution**2
-    area = (area if config.use_aspect_ratio_bucket else config.resolution**2) / 512**2
-    picture = round((PICTURE_CHECKPOINTED if gradient_checkpointing else PICTURE) * area * (1 if half else 1.5), 2)
-    pictures = train_batch_size * (2 if config.with_prior_preservation else 1)
-    parameters = UNET + (TEXT_ENCODER if config.train_text_encoder else 0)
-    moments = STATE["adamw8bit" if use_8bit_adam else config.optimizer]
-    kept = 4 if _lora(config) else 4 + moments + 4 * config.use_ema
-    # Gradients: there during the forward pass only if they are summed up. A LoRA's are small.
-    forward = kept if _lora(config) else kept + 2 * half + 4 * (gradient_accumulation_steps > 1)
-    backward = kept if _lora(config) else kept + 4
-    at_forward = parameters * forward + pictures * picture
-    if at_forward > parameters * backward:
-        parts = f"{parameters:.2f} billion parameters x {forward} bytes + {pictures} pictures x {picture:g} GB"
-        return at_forward + REST, f"{parts} + {REST} GB"
-    return parameters * backward + REST, f"{parameters:.2f} billion parameters x {backward} bytes + {REST} GB"
+
+def memory(config: TrainConfig, configs: Configs, machine: Machine, **way: Any) -> tuple[float, str]:
+    """How many GB a step takes at its peak, and the sum in words."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[machine.dtype]
+    peak = step_peak(dataclasses.replace(config, **way), configs, Place("cuda", dtype))
+    parts = sorted(peak.parts.items(), key=lambda part: -part[1])
+    words = " + ".join(f"{count / 1e9:.1f} GB of {kind}" for kind, count in parts if count >= 0.05e9)
+    return peak.total / 1e9, words
 
 
 def _steps(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:

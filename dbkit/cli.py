@@ -23,6 +23,7 @@ _FUNCTIONS = {
     "caption": ("dbkit.captioning", "caption_dataset"),
     "identifier": ("dbkit.identifier", "check_identifier"),
     "class-images": ("dbkit.class_images", "generate_class_images"),
+    "plan": ("dbkit.plan", "plan"),
     "train": ("dbkit.train", "train"),
     "preview": ("dbkit.preview", "preview"),
     "evaluate": ("dbkit.evaluate", "evaluate"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dbkit.settings import Settings, setting
+from dbkit.settings import Settings, setting, with_auto
 from dbkit.train_config import CLIP_SKIP, DEVICES, PRECISIONS, TrainConfig
 
 FRAMINGS = Literal["center", "random", "face", "none"]
@@ -144,6 +144,12 @@ class ClassImagesConfig(Settings):
     def size(self) -> tuple[int, int]:
         """Width and height of the generated images."""
         return self.width or self.resolution, self.height or self.resolution
+
+
+@with_auto
+@dataclass(frozen=True)
+class PlanConfig(TrainConfig):
+    """Say what a training needs before anything is loaded: memory, disk and time, and what to change where it will not fit."""
 
 
 @dataclass(frozen=True)
@@ -380,6 +386,7 @@ COMMANDS: dict[str, type[Settings]] = {
     "caption": CaptionConfig,
     "identifier": IdentifierConfig,
     "class-images": ClassImagesConfig,
+    "plan": PlanConfig,
     "train": TrainConfig,
     "preview": PreviewConfig,
     "evaluate": EvaluateConfig,

@@ -50,7 +50,9 @@ class Keeper:
         self.place = home  # where all of the run is, once it has ended
         self.failing: set[str] = set()
         self.then = ""  # what follows a save that failed
-        self.model_size = _usable_size(config, state)
+        parts = (state.models.unet, state.models.text_encoder, state.models.vae)
+        whole = sum(parameter.numel() for module in parts for parameter in module.parameters())
+        self.model_size = usable_size(config, whole, sum(parameter.numel() for parameter in state.parameters))
 
     def _open(self) -> None:
         self._require_space()
@@ -68,18 +70,13 @@ class Keeper:
                 self.stop_at_home = self.stop_at_home or (self.home / STOP).exists()
 
     def _require_space(self) -> None:
-        """Say what a save takes and what is free. Raises DiskError unless the states and the weights fit.
-
-        There are two states while one replaces the other, and a third here where one is being copied home.
-        """
+        """Say what a save takes and what is free. Raises DiskError unless the states and the weights fit."""
         needed = state_size(self.config, self.state.parameters)
-        kept = self.config.checkpoints_total_limit + 1 if self.config.save_model_every_n_steps else 0
         words = f"a state to resume from takes {size(needed)}, usable weights {size(self.model_size)}"
         for folder in dict.fromkeys((self.run, self.home)):
             try:
                 there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                states = 2 if folder == self.home else 3
-                total = states * needed + (kept + 1) * self.model_size
+                total = all_saves(self.config, needed, self.model_size, is_home=folder == self.home)
                 require_space(folder, max(needed, total - there), "this run")
                 words += f"; {size(free_space(folder))} are free in {folder}"
             except DiskError as error:
@@ -236,12 +233,18 @@ def _close(mirror: Mirror, patience: float) -> bool:
     return not missing
 
 
-def _usable_size(config: TrainConfig, state: State) -> int:
-    """Bytes of the usable weights: of the whole model, or of the LoRA."""
-    parts = (state.models.unet, state.models.text_encoder, state.models.vae)
-    whole = sum(parameter.numel() for module in parts for parameter in module.parameters())
-    count = sum(parameter.numel() for parameter in state.parameters) if config.adapter == "lora" else whole
-    return count * (4 if config.save_precision == "fp32" else 2)
+def all_saves(config: TrainConfig, state: int, weights: int, is_home: bool) -> int:
+    """Bytes of all that a run keeps at once, of what one state and usable weights take.
+
+    There are two states while one replaces the other, and a third where one is being copied home.
+    """
+    kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
+    return (2 if is_home else 3) * state + (kept + 1) * weights
+
+
+def usable_size(config: TrainConfig, model: int, trained: int) -> int:
+    """Bytes of the usable weights: of the whole model, or of the LoRA, by their numbers of parameters."""
+    return (trained if config.adapter == "lora" else model) * (4 if config.save_precision == "fp32" else 2)
 
 
 def _say(sentence: str) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
 from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
-from dbkit.files import size
 from dbkit.libraries import quiet
 
 if TYPE_CHECKING:
@@ -275,18 +273,3 @@ def learning_rates(config: TrainConfig, total: int) -> Callable[[int], float]:
         power=config.lr_power,
     )
     return lambda done: peak * schedule.lr_lambdas[0](done)
-
-
-@contextlib.contextmanager
-def out_of_memory_is_a_sentence() -> Iterator[None]:
-    """Say how much memory was used and what takes less. Nothing is tried again by itself."""
-    import torch
-
-    try:
-        yield
-    except torch.cuda.OutOfMemoryError as error:
-        peak = size(torch.cuda.max_memory_allocated())
-        raise DbkitError(
-            f"the GPU ran out of memory at {peak}; turn on gradient_checkpointing and use_8bit_adam, or lower "
-            "resolution or train_batch_size, and train again"
-        ) from error

@@ -72,14 +72,29 @@ class State:
 
 def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype, library: str) -> State:
     """Put the trained parts on the device, ready for training; what is trained is fp32, for the optimizer needs it."""
-    trained: dict[str, torch.nn.Module] = {"unet": models.unet}
-    if config.train_text_encoder:
-        trained["text_encoder"] = models.text_encoder
     shown = models
     if processes.shards() or zero.asked():
         _check_shards(config)
     if processes.shards():
-        shown = dataclasses.replace(models, **{part: copy.deepcopy(module) for part, module in trained.items()})
+        shown = dataclasses.replace(models, **{part: copy.deepcopy(getattr(models, part)) for part in _trained(config)})
+    trained = train_parts(config, models, device)
+    processes.share_weights(parameter for module in trained.values() for parameter in module.parameters())
+    if processes.shards():
+        for module in trained.values():
+            processes.shard(module, device, keep=config.use_aspect_ratio_bucket)
+    optimizer = make_optimizer(config, trained, device, library)
+    ema = Ema(trained, config.ema_decay) if config.use_ema else None
+    engine = zero.make_engine(config, trained, optimizer, dtype) if zero.asked() else None
+    return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype, engine)
+
+
+def _trained(config: TrainConfig) -> list[str]:
+    return ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+
+
+def train_parts(config: TrainConfig, models: Models, device: torch.device) -> dict[str, torch.nn.Module]:
+    """Put the parts that are trained on the device and set them up for it; returns what the optimizer moves by part."""
+    trained: dict[str, torch.nn.Module] = {part: getattr(models, part) for part in _trained(config)}
     for module in trained.values():
         module.requires_grad_(True).train().to(device)
         if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
@@ -90,14 +105,7 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
         trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
         layer.requires_grad_(False)
-    processes.share_weights(parameter for module in trained.values() for parameter in module.parameters())
-    if processes.shards():
-        for module in trained.values():
-            processes.shard(module, device, keep=config.use_aspect_ratio_bucket)
-    optimizer = make_optimizer(config, trained, device, library)
-    ema = Ema(trained, config.ema_decay) if config.use_ema else None
-    engine = zero.make_engine(config, trained, optimizer, dtype) if zero.asked() else None
-    return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype, engine)
+    return trained
 
 
 def _check_shards(config: TrainConfig) -> None:

@@ -26,8 +26,9 @@ from dbkit.models import (
     check_zero_terminal_snr,
     load_base,
 )
-from dbkit.optimizers import learning_rates, out_of_memory_is_a_sentence, set_learning_rate
+from dbkit.optimizers import learning_rates, set_learning_rate
 from dbkit.order import Order
+from dbkit.plan import out_of_memory_is_told, watch
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
@@ -96,7 +97,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
     log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
-    with keeper, stop_requests() as stop, out_of_memory_is_a_sentence():
+    with keeper, stop_requests() as stop, out_of_memory_is_told(config, state, device):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):
@@ -108,6 +109,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
             rate = learning_rate(step - 1)
             losses, grad_norm = train_step(state, pools, plan.order, config, step, rate)
             log.add(step, losses, grad_norm, rate)
+            watch(step - done, config, device, dtype)
             due = keeper.due(step, stop.made)
             if due is Due.STOP:
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from dbkit.config import COMMANDS
+from dbkit.config import COMMANDS, TrainConfig
 from dbkit.settings import Settings, field_type, type_name
 
 _HEAD = """# Settings
@@ -84,6 +84,9 @@ def settings_page() -> str:
     parts = [_HEAD]
     for command, cls in COMMANDS.items():
         parts.append(f"\n## dbkit {command}\n\n{cls.__doc__}\n\n")
+        if issubclass(cls, TrainConfig) and cls is not TrainConfig:
+            parts.append("It takes the settings of `dbkit train`.\n")
+            continue
         parts.append("| setting | type | default | what it does |\n| :-- | :-- | :-- | :-- |\n")
         parts += [_row(cls, field) for field in dataclasses.fields(cls)]
     parts += [_SCRIPTS_HEAD, *(f"| `{name}` | `{test}` |\n" for name, test in SCRIPTS.items())]

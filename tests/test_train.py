@@ -1054,7 +1054,7 @@ def no_memory_for_the_unet(training: bool):
     """Every pass of the U-Net in that mode ends as it does on a GPU that is full."""
 
     def fail(module, inputs):
-        if isinstance(module, UNet2DConditionModel) and module.training == training:
+        if isinstance(module, UNet2DConditionModel) and module.training == training and module.device.type != "meta":
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
     handle = register_module_forward_pre_hook(fail)
@@ -1077,7 +1077,7 @@ def test_a_preview_without_memory_costs_no_run(config, tmp_path, capsys):
 def test_a_step_without_memory_is_said_with_what_takes_less(config):
     with (
         no_memory_for_the_unet(training=True),
-        pytest.raises(DbkitError, match=r"the GPU ran out of memory at .+; turn on gradient_checkpointing"),
+        pytest.raises(DbkitError, match=r"the GPU ran out of memory at .+; take .+, and train again"),
     ):
         train(config)
 
