@@ -19,6 +19,7 @@ from dbkit.examples import Example, class_examples, describe, first_prompts, ins
 from dbkit.files import move_aside
 from dbkit.hub import require_hub
 from dbkit.images import list_images
+from dbkit.in_backward import require_one_process
 from dbkit.lora import require_peft
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
 from dbkit.optimizers import choose_library
@@ -79,6 +80,8 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
         vae_folder(config.pretrained_vae_name_or_path)
     if config.adapter == "lora":
         require_peft()
+    if config.memory == "tiny":
+        require_one_process()
     concepts = concepts_of(config)
     instance = instance_examples(config, concepts)
     previews = _preview_prompts(config, instance, concepts)

@@ -14,6 +14,7 @@ from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
 from dbkit.errors import DbkitError
+from dbkit.in_backward import AdamWInBackward, store_in_bf16
 from dbkit.lora import add_lora
 from dbkit.models import Models
 from dbkit.optimizers import from_8_bit, in_8_bit, load_optimizer, make_optimizer, make_scaler, state_bytes
@@ -37,7 +38,7 @@ class State:
     models: Models
     shown: Models
     trained: dict[str, torch.nn.Module]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | AdamWInBackward
     scaler: torch.amp.GradScaler
     ema: Ema | None
     dtype: torch.dtype
@@ -71,7 +72,7 @@ class State:
 
 
 def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype, library: str) -> State:
-    """Put the trained parts on the device, ready for training; what is trained is fp32, for the optimizer needs it."""
+    """Put the trained parts on the device, ready for training; what is trained is fp32, but for memory tiny."""
     trained: dict[str, torch.nn.Module] = {"unet": models.unet}
     if config.train_text_encoder:
         trained["text_encoder"] = models.text_encoder
@@ -82,9 +83,9 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
         shown = dataclasses.replace(models, **{part: copy.deepcopy(module) for part, module in trained.items()})
     for module in trained.values():
         module.requires_grad_(True).train().to(device)
-        if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+        if config.recomputes_activations and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
-        elif config.gradient_checkpointing:
+        elif config.recomputes_activations:
             module.gradient_checkpointing_enable({"use_reentrant": False})
     if config.adapter == "lora":
         trained = add_lora(models, config)
@@ -94,6 +95,8 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
     if processes.shards():
         for module in trained.values():
             processes.shard(module, device, keep=config.use_aspect_ratio_bucket)
+    if config.memory == "tiny":
+        store_in_bf16(parameter for module in trained.values() for parameter in module.parameters())
     optimizer = make_optimizer(config, trained, device, library)
     ema = Ema(trained, config.ema_decay) if config.use_ema else None
     engine = zero.make_engine(config, trained, optimizer, dtype) if zero.asked() else None
@@ -103,6 +106,7 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
 def _check_shards(config: TrainConfig) -> None:
     """Raise DbkitError for what a sharded training cannot do."""
     cannot = {
+        f"memory {config.memory}": config.memory in ("balanced", "small"),
         f"optimizer {config.chosen_optimizer}": config.chosen_optimizer != "adamw",
         "use_ema": config.use_ema,
         "adapter lora": config.adapter == "lora",
@@ -133,11 +137,11 @@ def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: T
 
 def state_size(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> int:
     """Bytes that write_state() takes on the disk."""
-    count = sum(parameter.numel() for parameter in parameters)
-    each = 2 if config.resume_state == "weights" and config.save_precision != "fp32" else 4
+    halved = config.resume_state == "weights" and config.save_precision != "fp32"
+    weights = sum(parameter.numel() * (2 if halved else parameter.dtype.itemsize) for parameter in parameters)
     moments = 0 if config.resume_state == "weights" else state_bytes(config.chosen_optimizer, parameters)
     small = config.resume_state == "small" and config.chosen_optimizer in ("adamw", "lion")
-    return count * each * (2 if config.use_ema else 1) + moments // (4 if small else 1)
+    return weights * (2 if config.use_ema else 1) + moments // (4 if small else 1)
 
 
 def read_state(state: State, saved: Checkpoint) -> None:
@@ -167,7 +171,8 @@ def rest_text_encoder(state: State, pools: list[Pool]) -> list[Pool]:
     text_encoder = state.models.text_encoder
     if state.ema:
         state.ema.adopt("text_encoder")
-    text_encoder.requires_grad_(False).eval()
+    # Whole numbers, since there is no autocast here: memory tiny mixes bf16 and fp32.
+    text_encoder.requires_grad_(False).eval().float()
     for parameter in text_encoder.parameters():
         parameter.grad = None
         state.optimizer.state.pop(parameter, None)
