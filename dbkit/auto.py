@@ -13,9 +13,9 @@ from dbkit import embedded, processes
 from dbkit.concepts import concepts_of
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import training_images
-from dbkit.in_backward import in_one_process
 from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
+from dbkit.state import check_processes
 from dbkit.train_config import TIERS, TrainConfig
 
 if TYPE_CHECKING:
@@ -58,6 +58,12 @@ def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype:
 
     A run that goes on keeps what it ran with, but for gradient_checkpointing, which changes memory and not the result.
     """
+    import torch
+
+    if config.memory == "tiny" and (dtype != torch.bfloat16 or device.type == "mps"):
+        config = replace(config, memory="small")
+        where = "Apple's GPUs" if device.type == "mps" else "this GPU"
+        print(f"memory tiny computes in bf16, which {where} cannot do well; memory small takes its place")
     left = _left(config)
     if not left:
         if config.auto:
@@ -196,10 +202,11 @@ def _ways(
 
 def _tiny_ways(config: TrainConfig, sizes: Sequence[int], machine: Machine) -> list[dict[str, Any]]:
     """memory tiny, unless something that is given speaks against it."""
-    if "memory" not in _left(config) or machine.dtype != "bf16" or not in_one_process():
+    if "memory" not in _left(config) or machine.dtype != "bf16":
         return []
     try:
         tiny = dataclasses.replace(config, memory="tiny")
+        check_processes(tiny)
     except DbkitError:
         return []
     return [{**way, "memory": "tiny"} for way in _ways(tiny, (), sizes)]

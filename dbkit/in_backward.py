@@ -10,8 +10,7 @@ import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from dbkit import draws, processes, zero
-from dbkit.errors import DbkitError
+from dbkit import draws
 from dbkit.rounding import BLOCK, LOWEST, from_blocks, to_bf16, to_blocks
 
 if TYPE_CHECKING:
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
 
 # Blocks that are stepped at once, 4 million numbers: of the largest layer the intermediate results would take 1 GB.
 _AT_ONCE = 2**14
-
-
-def in_one_process() -> bool:
-    """Whether no other process has a say in a gradient."""
-    return processes.world() == 1 and not processes.shards() and not zero.asked()
-
-
-def require_one_process() -> None:
-    """Raise DbkitError where several processes would have to agree on each gradient."""
-    if not in_one_process():
-        raise DbkitError("memory tiny trains in one process; choose memory small, or start dbkit without a launcher")
 
 
 def store_in_bf16(parameters: Iterable[torch.nn.Parameter]) -> None:
@@ -50,9 +38,9 @@ class AdamWInBackward:
     """AdamW with decoupled weight decay (arXiv:1711.05101) that steps each parameter when its gradient is there.
 
     A step is begin(), a backward pass, and end(). Gradients of a backward pass without begin() are summed up as ever.
-    bf16 parameters have moments in 8 bits, and both are rounded at random, by numbers that depend on the seed, the step
-    and the parameter alone; fp32 ones have fp32 moments. Of the second moment it is the root that is kept, whose range
-    is half as wide. Groups and state are laid out as in torch.optim.
+    fp32 parameters and their moments are those of torch's AdamW, bit for bit. bf16 ones have moments in 8 bits, and all
+    three are rounded at random, by numbers that depend on the seed, the step and the parameter alone; of the second
+    moment the root is kept, whose range is half as wide. Groups and state are laid out as in torch.optim.
     """
 
     def __init__(
@@ -120,7 +108,7 @@ class AdamWInBackward:
             state = self.state.get(parameter) or self._begin(parameter)
             state["step"] += 1
             if parameter.dtype != torch.bfloat16:
-                self._adamw(parameter, grad * clip, state["exp_avg"], state["exp_rms"], group["lr"], state["step"])
+                self._adamw(parameter, grad * clip, state["exp_avg"], state["exp_avg_sq"], group["lr"], state["step"])
                 return
             random = self._random(number)
             weights, grads = parameter.view(-1, BLOCK), grad.reshape(-1, BLOCK)
@@ -135,15 +123,14 @@ class AdamWInBackward:
         """The state of a parameter that has taken no step."""
         import torch
 
-        state: dict[str, Any] = {"step": 0}
+        state = self.state[parameter] = {"step": 0}
+        if parameter.dtype != torch.bfloat16:
+            state |= {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            return state
+        rows, device = parameter.numel() // BLOCK, parameter.device
         for name in ("exp_avg", "exp_rms"):
-            if parameter.dtype != torch.bfloat16:
-                state[name] = torch.zeros_like(parameter)
-                continue
-            rows, device = parameter.numel() // BLOCK, parameter.device
             state[name] = torch.zeros(rows, BLOCK, dtype=torch.uint8, device=device)
             state[f"{name}_scales"] = torch.zeros(rows, 1, device=device)
-        self.state[parameter] = state
         return state
 
     def _random(self, number: int) -> torch.Generator:
@@ -162,11 +149,11 @@ class AdamWInBackward:
         step: int,
     ) -> None:
         """Step some blocks of a parameter in fp32, and round weights and moments again; all of shape (N, BLOCK)."""
-        weight, exp_avg, exp_rms = weights.float(), from_blocks(*codes[:2]), from_blocks(*codes[2:])
-        self._adamw(weight, grads.float().mul_(clip), exp_avg, exp_rms, rate, step)
+        weight, exp_avg, exp_avg_sq = weights.float(), from_blocks(*codes[:2]), from_blocks(*codes[2:]).square_()
+        self._adamw(weight, grads.float().mul_(clip), exp_avg, exp_avg_sq, rate, step)
         weights.copy_(to_bf16(weight, random))
         # A second moment of zero would make a step endless.
-        for kept, new in zip(codes, (*to_blocks(exp_avg, random), *to_blocks(exp_rms, random, LOWEST))):
+        for kept, new in zip(codes, (*to_blocks(exp_avg, random), *to_blocks(exp_avg_sq.sqrt_(), random, LOWEST))):
             kept.copy_(new)
 
     def _adamw(
@@ -174,13 +161,14 @@ class AdamWInBackward:
         weight: torch.Tensor,
         grad: torch.Tensor,
         exp_avg: torch.Tensor,
-        exp_rms: torch.Tensor,
+        exp_avg_sq: torch.Tensor,
         rate: float,
         step: int,
     ) -> None:
-        """One step in fp32, in place."""
+        """One step in fp32, in place: the operations of torch's AdamW in their order."""
         beta1, beta2 = self.betas
+        weight.mul_(1 - rate * self.weight_decay)
         exp_avg.lerp_(grad, 1 - beta1)
-        exp_rms.square_().mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt_()
-        divisor = (exp_rms / (1 - beta2**step) ** 0.5).add_(self.eps)
-        weight.mul_(1 - rate * self.weight_decay).addcdiv_(exp_avg, divisor, value=-rate / (1 - beta1**step))
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        divisor = exp_avg_sq.sqrt().div_((1 - beta2**step) ** 0.5).add_(self.eps)
+        weight.addcdiv_(exp_avg, divisor, value=-rate / (1 - beta1**step))

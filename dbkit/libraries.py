@@ -125,18 +125,14 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(precision: str, device: torch.device, memory: str = "auto") -> torch.dtype:
     """The type that matrix products run in: what was asked for, or what the device is good at.
 
-    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on the CPU and on Apple's GPUs. With memory tiny it is
-    bf16 on the CPU too; raises DbkitError where bf16 is not what the device is good at.
+    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on Apple's GPUs and on the CPU, where memory tiny has
+    bf16.
     """
     import torch
 
-    if memory == "tiny" and precision == "auto":
-        if device.type == "mps" or (device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)):
-            raise DbkitError("memory tiny computes in bf16, which this GPU is not made for; choose memory small")
-        return torch.bfloat16
     if precision == "auto":
         if device.type != "cuda":
-            return torch.float32
+            return torch.bfloat16 if device.type == "cpu" and memory == "tiny" else torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if precision == "fp16" and device.type == "cpu":
         raise DbkitError("mixed_precision is fp16, which needs a GPU; choose auto, no or bf16 on the CPU")

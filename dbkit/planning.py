@@ -19,13 +19,13 @@ from dbkit.examples import Example, class_examples, describe, first_prompts, ins
 from dbkit.files import move_aside
 from dbkit.hub import require_hub
 from dbkit.images import list_images
-from dbkit.in_backward import require_one_process
 from dbkit.lora import require_peft
 from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state, run_id
+from dbkit.state import check_processes
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
@@ -62,6 +62,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
 
     run is where the run works, home where it is kept, if that is another folder.
     """
+    check_processes(config)
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)
@@ -80,8 +81,6 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
         vae_folder(config.pretrained_vae_name_or_path)
     if config.adapter == "lora":
         require_peft()
-    if config.memory == "tiny":
-        require_one_process()
     concepts = concepts_of(config)
     instance = instance_examples(config, concepts)
     previews = _preview_prompts(config, instance, concepts)

@@ -77,8 +77,6 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
     if config.train_text_encoder:
         trained["text_encoder"] = models.text_encoder
     shown = models
-    if processes.shards() or zero.asked():
-        _check_shards(config)
     if processes.shards():
         shown = dataclasses.replace(models, **{part: copy.deepcopy(module) for part, module in trained.items()})
     for module in trained.values():
@@ -103,10 +101,10 @@ def make_state(config: TrainConfig, models: Models, device: torch.device, dtype:
     return State(models, shown, trained, optimizer, make_scaler(device, dtype), ema, dtype, engine)
 
 
-def _check_shards(config: TrainConfig) -> None:
-    """Raise DbkitError for what a sharded training cannot do."""
+def check_processes(config: TrainConfig) -> None:
+    """Raise DbkitError for what a sharded training, or one in several processes, cannot do."""
     cannot = {
-        f"memory {config.memory}": config.memory in ("balanced", "small"),
+        f"memory {config.memory}": config.memory in ("balanced", "small", "tiny"),
         f"optimizer {config.chosen_optimizer}": config.chosen_optimizer != "adamw",
         "use_ema": config.use_ema,
         "adapter lora": config.adapter == "lora",
@@ -114,8 +112,10 @@ def _check_shards(config: TrainConfig) -> None:
         f"resume_state {config.resume_state}": config.resume_state != "exact",
     }
     found = [name for name, there in cannot.items() if there]
-    if found:
+    if found and (processes.shards() or zero.asked()):
         raise DbkitError(f"{found[0]} does not go with FSDP or DeepSpeed; leave it off, or launch without them")
+    if config.memory == "tiny" and processes.world() > 1:
+        raise DbkitError("memory tiny trains in one process; choose memory small, or start dbkit without a launcher")
 
 
 def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: TrainConfig) -> dict[str, str]:

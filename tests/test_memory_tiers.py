@@ -1,151 +1,203 @@
-"""Memory tiers: each learns what the plain training learns, resumes bit for bit, and refuses what it cannot do."""
+"""Memory tiers: each learns what fp32 training learns, resumes bit for bit, and refuses what it cannot do."""
+
+import importlib.util
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import draw_photo
 from safetensors.torch import load_file
-from test_train import assert_equal, assert_same_run, log_of, state_of, stop_in_pass
-from torch.nn.modules.module import register_module_forward_pre_hook
+from test_train import assert_equal, assert_same_run, at_unet_pass, state_of
 
-from dbkit import DbkitError, TrainConfig, train
+from dbkit import DbkitError, TrainConfig, in_backward, train
+from dbkit.auto import choose_settings
+from dbkit.checkpoint import newest_valid
 from dbkit.in_backward import is_large
 from dbkit.libraries import choose_dtype
-from dbkit.models import read_weights
+from dbkit.models import load_base, load_models, read_weights
+from dbkit.planning import make_plan
 from dbkit.settings import replace
+from dbkit.state import make_state, read_state, write_state
 from dbkit.train_config import TIERS
 
-# How far the losses of a tier may lie from those of fast, in proportion, over 20 steps with the same noise: the mean
-# and the largest of one step. The two that compute the same by other means come near rounding.
-TOLERANCES = {"balanced": (0.005, 0.02), "small": (0.005, 0.02), "tiny": (0.02, 0.06)}
-SAME = {"mixed_precision": "bf16", "log_interval": 1, "max_train_steps": 20}
-RATE = 1e-3
-TEXT = {
-    "train_text_encoder": True,
-    "stop_text_encoder_training": 6,
-    "clip_skip": 2,
-    "use_aspect_ratio_bucket": True,
-    "train_batch_size": 2,
-}
+# The package's attribute `train` is the function; the module has its name.
+MODULE = sys.modules[train.__module__]
+CPU = torch.device("cpu")
 
+spec = importlib.util.spec_from_file_location("tiers", Path(__file__).parents[1] / "benchmarks" / "tiers.py")
+tiers = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiers)
 
-def sizes(run) -> dict[str, int]:
-    return {path.name: path.stat().st_size for folder in (run / "resume").iterdir() for path in folder.iterdir()}
+# How far a tier's loss may end from that of fp32, as a part of what fp32 training takes off it. Over the five seeds of
+# benchmarks/tiers.md bf16 arithmetic is at most 0.0007 off, also with 8-bit moments, and tiny at most 0.0021.
+TOLERANCES = {"fast": 0.005, "balanced": 0.005, "tiny": 0.01}
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, torch.Tensor]:
-    """Losses that several tiers are compared with."""
-    return {}
+def fp32(tmp_path_factory) -> tuple[float, float]:
+    """The loss of the base model and that of fp32 training."""
+    made = tiers.learn("fp32", 0, tmp_path_factory.mktemp("fp32"))
+    return tiers.fixed_loss(tiers.BASE), tiers.fixed_loss(made)
 
 
-def losses(config: TrainConfig, tmp_path, known: dict[str, torch.Tensor], name: str, **changes) -> torch.Tensor:
-    if name not in known:
-        run = train(config, **SAME, **changes, output_dir=tmp_path / name).parent
-        known[name] = torch.tensor([line["loss"] for line in log_of(run)], dtype=torch.float64)
-    return known[name]
+def off(name: str, folder: Path, fp32: tuple[float, float]) -> float:
+    base, reference = fp32
+    return (tiers.fixed_loss(tiers.learn(name, 0, folder)) - reference) / (base - reference)
 
 
 @pytest.mark.parametrize("tier", TOLERANCES)
-def test_each_tier_learns_as_fast_does(config, tmp_path, known, tier):
-    if tier != "tiny":
+def test_each_tier_learns_what_fp32_training_learns(tier, fp32, tmp_path):
+    """small is not among them, for it computes what balanced does, bit for bit."""
+    if TIERS[tier][1] and tier != "tiny":
         pytest.importorskip("bitsandbytes")
-    fast = losses(config, tmp_path, known, "fast", memory="fast", learning_rate=RATE)
-    frozen = losses(config, tmp_path, known, "frozen", memory="fast", learning_rate=1e-9)
-    own = losses(config, tmp_path, known, tier, memory=tier, learning_rate=RATE)
-    mean, most = TOLERANCES[tier]
-    # More is learnt than what may differ, or that would say nothing.
-    assert float((frozen - fast)[10:].mean() / frozen[10:].mean()) > 3 * mean
-    off = (own / fast - 1).abs()
-    assert float(off.mean()) < mean and float(off.max()) < most
+    assert abs(off(tier, tmp_path, fp32)) < TOLERANCES[tier]
 
 
-@pytest.mark.parametrize("tier", ["fast", "balanced", "small"])
-def test_a_tier_is_what_its_single_settings_are(config, tmp_path, tier):
-    if TIERS[tier][1]:
+def test_rounding_to_the_nearest_would_learn_less_than_half_of_it(monkeypatch, fp32, tmp_path):
+    """Updates below half a step of bf16 are lost: it ends 0.57 off at least, and fails the test above by far."""
+    monkeypatch.setattr(in_backward, "to_bf16", lambda values, random: values.bfloat16())
+    assert off("tiny", tmp_path, fp32) > 30 * TOLERANCES["tiny"]
+
+
+def few(config: TrainConfig, smaller_model: Path, **changes) -> TrainConfig:
+    """A short training of a smaller model on smaller pictures."""
+    small = {"pretrained_model_name_or_path": str(smaller_model), "resolution": 32, "log_interval": 1}
+    return replace(config, **{**small, **changes})
+
+
+def test_fast_is_training_without_savings_and_small_is_balanced_bit_for_bit(config, smaller_model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = few(config, smaller_model)
+    runs = {tier: train(config, memory=tier, output_dir=tmp_path / tier).parent for tier in TIERS if tier != "tiny"}
+    assert_same_run(runs["auto"], runs["fast"])
+    assert_same_run(runs["balanced"], runs["small"])
+    # They are what their single settings are, so a run may go on under the other name.
+    train(config, use_8bit_adam=True, output_dir=runs["balanced"], max_train_steps=3)
+
+
+TEXT = {"train_text_encoder": True, "stop_text_encoder_training": 4, "clip_skip": 2}
+SUMMED = {**TEXT, "use_ema": True, "gradient_accumulation_steps": 2}
+
+
+class Killed(BaseException):
+    """Nothing in dbkit catches it."""
+
+
+def kill():
+    raise Killed
+
+
+@pytest.mark.parametrize(
+    ("tier", "more"),
+    [
+        ("fast", SUMMED),
+        ("balanced", SUMMED),
+        ("small", SUMMED),
+        ("tiny", {}),
+        ("tiny", {**TEXT, "use_aspect_ratio_bucket": True, "train_batch_size": 2}),
+    ],
+    ids=["fast", "balanced", "small", "tiny", "tiny with text encoder and buckets"],
+)
+def test_a_training_that_is_cut_in_pieces_is_the_whole_one_in_every_tier(
+    config, smaller_model, photos, tmp_path, tier, more
+):
+    """It ends while the text encoder is trained, dies in the pass after the next and then goes on."""
+    if tier in ("balanced", "small"):
         pytest.importorskip("bitsandbytes")
-    checkpointing, eight = TIERS[tier]
-    single = train(
-        config, gradient_checkpointing=checkpointing, use_8bit_adam=eight, output_dir=tmp_path / "single"
-    ).parent
-    named = train(config, memory=tier, output_dir=tmp_path / "named").parent
-    assert_equal(state_of(single), state_of(named))
-    # So a run may go on under the other name.
-    train(config, memory=tier, output_dir=single, max_train_steps=3)
-
-
-@pytest.mark.parametrize("more", [{}, TEXT], ids=["unet", "text encoder, several sizes"])
-def test_tiny_resumed_is_tiny_straight(config, photos, tmp_path, more):
-    if more:
-        draw_photo(photos / "wide.png", (160, 60)).with_suffix(".txt").write_text("a wide thing")
-    config = replace(config, memory="tiny", max_train_steps=10, **more)
+    draw_photo(photos / "wide.png", (160, 60)).with_suffix(".txt").write_text("a wide thing")
+    config = few(config, smaller_model, memory=tier, max_train_steps=6, **more)
     straight = train(config, output_dir=tmp_path / "straight").parent
-    stopped = tmp_path / "stopped"
-    passes = len(log_passes(config, tmp_path)) if more else 4
-    stop_in_pass(config, passes, 4, output_dir=stopped)
-    train(config, output_dir=stopped)
-    assert_same_run(straight, stopped)
+    pieces = tmp_path / "pieces"
+    train(config, output_dir=pieces, max_train_steps=2)
+    with at_unet_pass(3, kill), pytest.raises(Killed):
+        train(config, output_dir=pieces)
+    train(config, output_dir=pieces)
+    assert_same_run(straight, pieces)
 
 
-def log_passes(config: TrainConfig, tmp_path) -> list[int]:
-    """The passes of the U-Net in the first four steps."""
-    passes = []
-
-    def count(module, inputs):
-        if type(module).__name__ == "UNet2DConditionModel" and module.training:
-            passes.append(1)
-
-    handle = register_module_forward_pre_hook(count)
-    try:
-        train(config, max_train_steps=4, output_dir=tmp_path / "counted")
-    finally:
-        handle.remove()
-    return passes
-
-
-def test_what_tiny_holds_and_saves(config, model, tmp_path):
-    run = train(config, memory="tiny", save_precision="fp16", output_dir=tmp_path / "tiny").parent
-    (state,) = (run / "resume").iterdir()
-    weights = load_file(state / "unet.safetensors")
-    for tensor in weights.values():
-        assert tensor.dtype == (torch.bfloat16 if is_large(tensor) else torch.float32)
-    moments = torch.load(state / "optimizer.pt", weights_only=True)["state"]
-    assert len(moments) == len(weights)
-    count = sum(tensor.numel() for tensor in weights.values())
-    # 2 bytes of weight and 2 of moments, where fast has 4 and 8; this narrow model has many small tensors.
-    whole = train(config, memory="fast", output_dir=tmp_path / "fast").parent
-    ours, theirs = (sizes(folder)["unet.safetensors"] + sizes(folder)["optimizer.pt"] for folder in (run, whole))
-    assert theirs > 12 * count and ours < 0.45 * theirs
+def test_what_tiny_holds_is_saved_and_comes_back_bit_for_bit(config, model, tmp_path):
+    config = replace(config, memory="tiny", save_precision="fp16")
+    run = train(config).parent
+    saved = state_of(run)
+    weights = load_file(next((run / "resume").iterdir()) / "unet.safetensors")
+    assert all(t.dtype == (torch.bfloat16 if is_large(t) else torch.float32) for t in weights.values())
+    tensors = [value for value in saved.values() if isinstance(value, torch.Tensor)]
+    assert sum(t.dtype == torch.uint8 for t in tensors) == 2 * sum(map(is_large, weights.values()))
+    # In the next process, and from there to the disk again.
+    state = make_state(config, load_models(model), CPU, torch.bfloat16, "dbkit (memory tiny)")
+    read_state(state, newest_valid(run / "resume")[0])
+    (tmp_path / "again" / "resume" / saved["step"]).mkdir(parents=True)
+    write_state(state, tmp_path / "again" / "resume" / saved["step"], state.gather(), config)
+    assert_equal(saved, state_of(tmp_path / "again"))
+    # 2 bytes of weight and 2 of moments, and scales, where fast has 4 and 8; the small tensors are whole.
+    large = sum(t.numel() for t in weights.values() if is_large(t))
+    rest = sum(t.numel() for t in weights.values()) - large
+    assert sum(t.numel() * t.element_size() for t in tensors) == large * (4 + 2 * 4 / 256) + rest * 12
     # What can be used is in save_precision, is what was trained, and what was not trained is as it was.
     made = read_weights(run / "model", "unet")
-    assert {tensor.dtype for tensor in made.values()} == {torch.float16}
     assert all(torch.equal(made[name], weights[name].half()) for name in weights)
     text, base = (read_weights(folder, "text_encoder") for folder in (run / "model", model))
     assert all(torch.equal(text[name], base[name].half()) for name in base)
 
 
-def test_layers_that_clip_skip_passes_over_stay_whole(config, model):
-    made = train(config, memory="tiny", train_text_encoder=True, clip_skip=2)
+def test_layers_that_clip_skip_passes_over_stay_whole_and_previews_are_made(config, smaller_model, model):
+    config = few(config, smaller_model, train_text_encoder=True, clip_skip=2)
+    made = train(config, memory="tiny", auto_test_model=True)
     new, old = read_weights(made, "text_encoder"), read_weights(model, "text_encoder")
     last = [name for name in old if ".layers.1." in name]
     assert last and all(torch.equal(new[name], old[name]) for name in last)
     assert any(not torch.equal(new[name], old[name]) for name in old if ".layers.0." in name)
+    assert (made.parent / "previews" / "step_000002.png").is_file()
 
 
-def test_previews_are_made_of_what_tiny_holds(config):
-    run = train(config, memory="tiny", auto_test_model=True, resolution=32, train_text_encoder=True).parent
-    assert (run / "previews" / "step_000002.png").is_file()
-
-
-def test_a_run_does_not_go_on_with_weights_of_another_kind(config):
-    pytest.importorskip("bitsandbytes")
+def test_a_run_does_not_go_on_with_weights_of_another_kind(config, smaller_model):
+    config = few(config, smaller_model)
     train(config, memory="tiny")
-    with pytest.raises(DbkitError, match=r"library of the optimizer was 'dbkit \(memory tiny\)' and is '\w+'; change"):
-        train(config, memory="small", max_train_steps=3)
+    with pytest.raises(
+        DbkitError, match=r"library of the optimizer was 'dbkit \(memory tiny\)' and is 'torch'; change"
+    ):
+        train(config, memory="fast", max_train_steps=3)
 
 
-def test_weights_that_are_no_numbers_are_not_saved(config):
-    with pytest.raises(DbkitError, match=r"weights that are not numbers at step 2"):
-        train(config, memory="tiny", learning_rate=1, adam_epsilon=1e-30, adam_weight_decay=1, max_grad_norm=1e38)
+# GPUs without bf16.
+
+
+def test_tiny_gives_way_to_small_where_the_gpu_does_not_compute_in_bf16(config, tmp_path, capsys):
+    for device, dtype, where in (("cuda", torch.float16, "this GPU"), ("mps", torch.bfloat16, "Apple's GPUs")):
+        chosen = choose_settings(replace(config, memory="tiny"), tmp_path, torch.device(device), dtype)
+        assert chosen.memory == "small"
+        said = f"memory tiny computes in bf16, which {where} cannot do well; memory small takes its place\n"
+        assert capsys.readouterr().out == said
+    assert choose_settings(replace(config, memory="tiny"), tmp_path, CPU, torch.bfloat16).memory == "tiny"
+    assert choose_dtype("auto", CPU, "tiny") == torch.bfloat16 and choose_dtype("auto", CPU, "small") == torch.float32
+
+
+def test_fp16_with_loss_scaling_learns_what_fp32_learns(config, smaller_model, tmp_path):
+    """What a T4 does in memory small. A CPU can compute it too, though slowly, and so train() refuses it there."""
+    pytest.importorskip("bitsandbytes")
+    config = few(config, smaller_model, memory="small", learning_rate=1e-3)
+    plan = make_plan(config, tmp_path / "run", CPU)
+
+    def steps(dtype: torch.dtype, scale: float, count: int) -> tuple[list[float], float, list[torch.Tensor]]:
+        models = load_base(config)
+        state = make_state(config, models, CPU, dtype, "bitsandbytes")
+        if dtype == torch.float16:
+            state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": scale})
+        pools = MODULE._make_pools(config, models, plan, CPU)
+        losses = [MODULE.train_step(state, pools, plan.order, config, step, 1e-3)[0][0] for step in range(1, count + 1)]
+        return [float(loss) for loss in losses], state.scaler.get_scale(), [p.detach() for p in state.parameters]
+
+    whole, _, _ = steps(torch.float32, 1.0, 6)
+    half, scale, _ = steps(torch.float16, 2.0**10, 6)
+    assert half == pytest.approx(whole, rel=0.01) and scale == 2.0**10
+    # A step whose scaled gradients are no numbers is left out, and the scale halved.
+    _, scale, weights = steps(torch.float16, 2.0**40, 1)
+    before = load_base(config).unet.parameters()
+    assert scale == 2.0**39 and all(torch.equal(*pair) for pair in zip(weights, before))
+
+
+# What does not go together.
 
 
 def made(**changes) -> TrainConfig:
@@ -206,9 +258,11 @@ def test_settings_that_agree_with_a_tier_may_be_given():
         assert (alone.recomputes_activations, alone.chosen_optimizer == "adamw8bit") == (checkpointing, eight)
 
 
-def test_tiny_computes_in_bf16_or_is_refused():
-    cpu, mps = torch.device("cpu"), torch.device("mps")
-    assert choose_dtype("auto", cpu) == torch.float32 and choose_dtype("auto", cpu, "small") == torch.float32
-    assert choose_dtype("auto", cpu, "tiny") == choose_dtype("bf16", mps, "tiny") == torch.bfloat16
-    with pytest.raises(DbkitError, match=r"^memory tiny computes in bf16, which this GPU is not made for; choose"):
-        choose_dtype("auto", mps, "tiny")
+def test_sharded_training_is_refused(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for which in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        with monkeypatch.context() as patch:
+            patch.setenv(which, "true")
+            for tier in ("balanced", "small", "tiny"):
+                with pytest.raises(DbkitError, match=rf"^memory {tier} does not go with FSDP or DeepSpeed; leave it"):
+                    make_plan(replace(config, memory=tier), tmp_path, CPU)
