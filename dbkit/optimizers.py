@@ -295,6 +295,6 @@ def out_of_memory_is_a_sentence() -> Iterator[None]:
     except torch.cuda.OutOfMemoryError as error:
         peak = size(torch.cuda.max_memory_allocated())
         raise DbkitError(
-            f"the GPU ran out of memory at {peak}; choose memory small, then tiny, or lower resolution or "
-            "train_batch_size, and train again"
+            f"the GPU ran out of memory at {peak}; turn on gradient_checkpointing and use_8bit_adam, or lower "
+            "resolution or train_batch_size, and train again"
         ) from error

@@ -473,7 +473,7 @@ def test_an_optimizer_that_works_only_in_part_is_refused(monkeypatch, broken, fa
 
 
 def test_a_full_gpu_is_said_with_what_takes_less():
-    expected = r"the GPU ran out of memory at .+; choose memory small, then tiny, or lower resolution"
+    expected = r"the GPU ran out of memory at .+; turn on gradient_checkpointing and use_8bit_adam, or lower resolution"
     with pytest.raises(DbkitError, match=expected), out_of_memory_is_a_sentence():
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(RuntimeError, match="something else"), out_of_memory_is_a_sentence():

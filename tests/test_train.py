@@ -1077,7 +1077,7 @@ def test_a_preview_without_memory_costs_no_run(config, tmp_path, capsys):
 def test_a_step_without_memory_is_said_with_what_takes_less(config):
     with (
         no_memory_for_the_unet(training=True),
-        pytest.raises(DbkitError, match=r"the GPU ran out of memory at .+; choose memory small, then tiny"),
+        pytest.raises(DbkitError, match=r"the GPU ran out of memory at .+; turn on gradient_checkpointing"),
     ):
         train(config)
 
