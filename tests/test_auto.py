@@ -232,7 +232,7 @@ def test_what_is_given_is_reckoned_with():
 def test_tiny_is_the_last_way_and_only_where_nothing_given_speaks_against_it():
     values, reasons = choose(made(**PRIOR), [10], SMALL)
     assert values["memory"] == "tiny"
-    assert "about 5.7 GB = 0.86 billion parameters x 4 bytes + 2 pictures x 0.5 GB + 1.3 GB" in reasons[0]
+    assert re.search(r"memory tiny: .* about 5\.\d GB", reasons[0])
     assert "bitsandbytes" not in reasons[0] and "too little room" not in reasons[0]
     values, _ = choose(made(**NATIVE), [20], SMALL)
     assert (values["memory"], values["train_batch_size"], values["gradient_accumulation_steps"]) == ("tiny", 4, 1)
