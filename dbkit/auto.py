@@ -17,7 +17,8 @@ from dbkit.examples import training_images
 from dbkit.memory import STABLE_DIFFUSION_1, USABLE, Configs, Place, read_configs, step_peak
 from dbkit.optimizers import LIBRARIES, try_optimizer
 from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
-from dbkit.train_config import TrainConfig
+from dbkit.state import check_processes
+from dbkit.train_config import TIERS, TrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,13 @@ def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype:
 
     A run that goes on keeps what it ran with, but for gradient_checkpointing, which changes memory and not the result.
     """
-    left = left_to_auto(config)
+    import torch
+
+    if config.memory == "tiny" and (dtype != torch.bfloat16 or device.type == "mps"):
+        config = replace(config, memory="small")
+        where = "Apple's GPUs" if device.type == "mps" else "this GPU"
+        print(f"memory tiny computes in bf16, which {where} cannot do well; memory small takes its place")
+    left = _left(config)
     if not left:
         if config.auto:
             print("auto has nothing to choose: all that it chooses is given")
@@ -71,11 +78,18 @@ def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tupl
     chosen, reasons = {}, []
     for rule in (_batch_and_memory, _steps, _learning_rate, _class_images, _saves):
         values, why = rule(dataclasses.replace(config, **chosen), images, machine)
-        new = {name: value for name, value in values.items() if name in left_to_auto(config)}
+        new = {name: value for name, value in values.items() if name in _left(config)}
         chosen |= new
         if new:
             reasons.append(f"{_listed(new)}: {why}")
-    return {name: chosen.get(name, getattr(TrainConfig, name)) for name in left_to_auto(config)}, reasons
+    return {name: getattr(TrainConfig, name) for name in left_to_auto(config)} | chosen, reasons
+
+
+def _left(config: TrainConfig) -> list[str]:
+    """The settings that are to be chosen: memory too, where what its tiers turn on is, since there auto is a value."""
+    left = left_to_auto(config)
+    tier = config.auto and config.memory == AUTO and {"gradient_checkpointing", "use_8bit_adam"} <= set(left)
+    return left + ["memory"] * tier
 
 
 def machine_of(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> Machine:
@@ -95,7 +109,8 @@ def has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
     """Whether one of the libraries that have AdamW in 8 bit works on the device."""
     if config.optimizer != "adamw":
         return False
-    tried = {name: getattr(TrainConfig, name) for name in left_to_auto(config)} | {"use_8bit_adam": True}
+    tried = {name: getattr(TrainConfig, name) for name in left_to_auto(config)}
+    tried |= {"use_8bit_adam": True, "memory": AUTO}
     config = dataclasses.replace(config, **tried)
     return any(not try_optimizer(config, library, device) for library in LIBRARIES["adamw8bit"])
 
@@ -131,7 +146,7 @@ def _or(value: Any, choice: Any) -> Any:
 
 
 def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machine) -> Chosen:
-    """The fastest of the ways that fit into the memory: whole, with 8-bit Adam, and with checkpointing as well."""
+    """The fastest of the ways that fit into the memory: whole, with 8-bit Adam, with checkpointing as well, tiny."""
     if embedded.is_embedded(config.pretrained_model_name_or_path):
         return _ways(config, _WHOLE, (embedded.TRAINING["train_batch_size"],))[0], _MEASURED
     wanted = CAPTIONED_BATCH if _captioned(config) else 1
@@ -139,12 +154,14 @@ def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machi
     why += f"{machine.name}, {machine.dtype}"
     if machine.memory is None:
         slow = "; 800 steps of Stable Diffusion take about 9 hours on a fast CPU" if machine.name == "CPU" else ""
-        return _ways(config, _WHOLE, (1,), wanted)[0], f"{why}: nothing is traded for memory{slow}"
+        traded = "nothing is traded for memory" if config.memory == AUTO else f"memory {config.memory} is given"
+        return _ways(config, _WHOLE, (1,), wanted)[0], f"{why}: {traded}{slow}"
     # Adam's moments are what a LoRA and other optimizers do not have.
     adam = not _lora(config) and config.optimizer == "adamw"
     eight = machine.has_8bit_adam and adam
     pairs = (*_WHOLE, (False, True), (True, True)) if eight else (*_WHOLE, (True, False))
-    ways = _ways(config, pairs, [size for size in (4, 2, 1) if size <= wanted], wanted)
+    sizes = [size for size in (4, 2, 1) if size <= wanted]
+    ways = _ways(config, pairs, sizes, wanted) + _tiny_ways(config, sizes, machine)
     configs, known = _configs(config)
     need = functools.cache(lambda number: memory(config, configs, machine, **ways[number]))
     fitting = (number for number in range(len(ways)) if need(number)[0] <= USABLE * machine.memory)
@@ -156,7 +173,7 @@ def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machi
     if not fits:
         less = "a smaller resolution" if _lora(config) else "a LoRA"
         why += f"; that leaves too little room: {less} or a larger GPU is needed"
-    if best and adam and not eight and config.use_8bit_adam == AUTO:
+    if best and adam and not eight and config.use_8bit_adam == AUTO and "memory" not in ways[best]:
         why += "; after pip install bitsandbytes it is 6 bytes a parameter less"
     return ways[best], why
 
@@ -165,18 +182,32 @@ def _ways(
     config: TrainConfig, pairs: Sequence[tuple[bool, bool]], sizes: Sequence[int], wanted: int = 1
 ) -> list[dict[str, Any]]:
     """Ways to train, the fastest first, with what is given in place of what is tried."""
-    ways = []
-    for checkpointing, eight in pairs:
+    ways, tier = [], TIERS[config.memory]
+    for checkpointing, eight in pairs if config.memory == AUTO else (tier,):
         for size in sizes:
             size = _or(config.train_batch_size, size)
             way = {
                 "train_batch_size": size,
                 "gradient_accumulation_steps": _or(config.gradient_accumulation_steps, max(1, wanted // size)),
-                "gradient_checkpointing": _or(config.gradient_checkpointing, checkpointing),
-                "use_8bit_adam": _or(config.use_8bit_adam, eight),
+                "gradient_checkpointing": tier[0] or _or(config.gradient_checkpointing, checkpointing),
+                "use_8bit_adam": tier[1] or _or(config.use_8bit_adam, eight),
             }
+            if config.memory == "tiny":
+                way["gradient_accumulation_steps"] = 1
             ways += [way] if way not in ways else []
     return ways
+
+
+def _tiny_ways(config: TrainConfig, sizes: Sequence[int], machine: Machine) -> list[dict[str, Any]]:
+    """memory tiny, unless something that is given speaks against it."""
+    if "memory" not in _left(config) or machine.dtype != "bf16":
+        return []
+    try:
+        tiny = dataclasses.replace(config, memory="tiny")
+        check_processes(tiny)
+    except DbkitError:
+        return []
+    return [{**way, "memory": "tiny"} for way in _ways(tiny, (), sizes)]
 
 
 def _configs(config: TrainConfig) -> tuple[Configs, str]:

@@ -29,6 +29,7 @@ Purpose = Literal[
     "holes",
     "lora",
     "proof",
+    "rounding",
 ]
 # A purpose's number is part of every seed: new purposes go at the end.
 _PURPOSES: tuple[Purpose, ...] = typing.get_args(Purpose)

@@ -122,16 +122,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+def choose_dtype(precision: str, device: torch.device, memory: str = "auto") -> torch.dtype:
     """The type that matrix products run in: what was asked for, or what the device is good at.
 
-    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on the CPU and on Apple's GPUs.
+    bf16 from the Ampere generation on, fp16 on older GPUs, fp32 on Apple's GPUs and on the CPU, where memory tiny has
+    bf16.
     """
     import torch
 
     if precision == "auto":
         if device.type != "cuda":
-            return torch.float32
+            return torch.bfloat16 if device.type == "cpu" and memory == "tiny" else torch.float32
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     if precision == "fp16" and device.type == "cpu":
         raise DbkitError("mixed_precision is fp16, which needs a GPU; choose auto, no or bf16 on the CPU")

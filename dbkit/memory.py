@@ -49,7 +49,8 @@ _COUNTED = (
     "train_batch_size",
     "with_prior_preservation",
     "train_text_encoder",
-    "gradient_checkpointing",
+    "recomputes_activations",
+    "memory",
     "adapter",
     "lora_rank",
     "lora_modules",
@@ -174,6 +175,8 @@ def step_peak(config: TrainConfig, configs: Configs, place: Place, cached: int =
     if config.chosen_optimizer == "adafactor":  # one tensor after the other, with its squares and its update
         scratch = 12 * max(parameter.numel() for parameter in trained)
     stepping = {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
+    if config.memory == "tiny":  # block by block inside the backward pass
+        stepping = {}
     most = max((*moments, stepping), key=lambda parts: sum(parts.values()))
     return _peak("a training step", {**most, **kept, CACHE: cached}, configs, place, most)
 
@@ -312,9 +315,15 @@ def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[li
         trained = train_parts(config, models, torch.device("meta"))
     parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
     parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+
+    def take(parameter: torch.nn.Parameter) -> None:
+        ledger.book(parameter.grad, GRADIENTS)
+        if config.memory == "tiny":  # which steps here and frees it
+            parameter.grad = None
+
     with _counting(models, parts, place) as (ledger, arithmetic):
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(lambda p: ledger.book(p.grad, GRADIENTS))
+            parameter.register_post_accumulate_grad_hook(take)
             if config.gradient_accumulation_steps != 1:
                 parameter.grad = torch.empty_like(parameter)
                 ledger.book(parameter.grad, GRADIENTS)

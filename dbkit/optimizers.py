@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dbkit import processes
 from dbkit.config import TrainConfig
 from dbkit.errors import DbkitError
+from dbkit.in_backward import AdamWInBackward
 from dbkit.libraries import quiet
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ LIBRARIES = {
     "lion": ("pytorch_optimizer",),
     "prodigy": ("pytorch_optimizer",),
 }
+# What stands for a library where memory is tiny.
+IN_BACKWARD = "dbkit (memory tiny)"
 
 
 def choose_library(config: TrainConfig, device: torch.device, before: str | None = None) -> str:
@@ -32,6 +35,8 @@ def choose_library(config: TrainConfig, device: torch.device, before: str | None
     Which library's 8-bit AdamW is used is printed. Raises DbkitError if none works.
     """
     name = config.chosen_optimizer
+    if config.memory == "tiny":
+        return IN_BACKWARD
     faults: dict[str, str] = {}
     for library in [before] if before in LIBRARIES[name] else LIBRARIES[name]:
         fault = try_optimizer(config, library, device)
@@ -49,6 +54,7 @@ def choose_library(config: TrainConfig, device: torch.device, before: str | None
             "set start_over"
         )
     off = "leave use_8bit_adam off" if config.use_8bit_adam else "choose another optimizer"
+    off = off if config.memory == "auto" else "choose memory fast"
     raise DbkitError(f"optimizer {name} needs {reasons}; pip install {next(iter(faults))}, or {off}")
 
 
@@ -96,8 +102,8 @@ def _small_step(optimizer: torch.optim.Optimizer, weight: torch.nn.Parameter) ->
 
 def make_optimizer(
     config: TrainConfig, trained: dict[str, torch.nn.Module], device: torch.device, library: str
-) -> torch.optim.Optimizer:
-    """The optimizer of that library over fp32 parameters.
+) -> torch.optim.Optimizer | AdamWInBackward:
+    """The optimizer of that library over the parameters that are trained.
 
     Each part has a group of its own, whose `factor` is its learning rate's part of the run's.
     """
@@ -115,7 +121,7 @@ def make_optimizer(
 
 def _make(
     config: TrainConfig, library: str, groups: list[dict[str, Any]], device: torch.device
-) -> torch.optim.Optimizer:
+) -> torch.optim.Optimizer | AdamWInBackward:
     """An optimizer of parameter groups, with those of the adam settings that mean something to it."""
     import torch
 
@@ -139,6 +145,8 @@ def _make(
         return Prodigy(groups, bias_correction=True, safeguard_warmup=True, **options)
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=device.type in ("cuda", "cpu"), **options)
+    if library == IN_BACKWARD:
+        return AdamWInBackward(groups, max_grad_norm=config.max_grad_norm, seed=config.seed, **options)
     if library == "bitsandbytes":
         import bitsandbytes
 
@@ -162,7 +170,7 @@ def _torchao_adamw8bit(
     return optimizer
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer | AdamWInBackward, learning_rate: float) -> None:
     """Give each group its part of the learning rate: a number, or a tensor where the library keeps one."""
     import torch
 
@@ -237,7 +245,7 @@ def _numbers(levels: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
     return torch.where(levels == 0, 0.0, numbers)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer | AdamWInBackward, state: dict[str, Any]) -> None:
     """Put a saved state in; the factors stay those of the settings, which may have changed since."""
     factors = [group["factor"] for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -25,6 +25,7 @@ from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
 from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state, run_id
+from dbkit.state import check_processes
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
 from dbkit.train_config import TrainConfig
@@ -61,6 +62,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
 
     run is where the run works, home where it is kept, if that is another folder.
     """
+    check_processes(config)
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
     check_zero_terminal_snr(config.rescale_zero_terminal_snr, facts)

@@ -14,6 +14,7 @@ from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
 from dbkit.errors import DbkitError
+from dbkit.in_backward import AdamWInBackward, store_in_bf16
 from dbkit.lora import add_lora
 from dbkit.models import Models
 from dbkit.optimizers import from_8_bit, in_8_bit, load_optimizer, make_optimizer, make_scaler, state_bytes
@@ -37,7 +38,7 @@ class State:
     models: Models
     shown: Models
     trained: dict[str, torch.nn.Module]
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | AdamWInBackward
     scaler: torch.amp.GradScaler
     ema: Ema | None
     dtype: torch.dtype
@@ -71,10 +72,8 @@ class State:
 
 
 def make_state(config: TrainConfig, models: Models, device: torch.device, dtype: torch.dtype, library: str) -> State:
-    """Put the trained parts on the device, ready for training; what is trained is fp32, for the optimizer needs it."""
+    """Put the trained parts on the device, ready for training; what is trained is fp32, but for memory tiny."""
     shown = models
-    if processes.shards() or zero.asked():
-        _check_shards(config)
     if processes.shards():
         shown = dataclasses.replace(models, **{part: copy.deepcopy(getattr(models, part)) for part in _trained(config)})
     trained = train_parts(config, models, device)
@@ -97,20 +96,23 @@ def train_parts(config: TrainConfig, models: Models, device: torch.device) -> di
     trained: dict[str, torch.nn.Module] = {part: getattr(models, part) for part in _trained(config)}
     for module in trained.values():
         module.requires_grad_(True).train().to(device)
-        if config.gradient_checkpointing and hasattr(module, "enable_gradient_checkpointing"):
+        if config.recomputes_activations and hasattr(module, "enable_gradient_checkpointing"):
             module.enable_gradient_checkpointing()
-        elif config.gradient_checkpointing:
+        elif config.recomputes_activations:
             module.gradient_checkpointing_enable({"use_reentrant": False})
     if config.adapter == "lora":
         trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
         layer.requires_grad_(False)
+    if config.memory == "tiny":
+        store_in_bf16(parameter for module in trained.values() for parameter in module.parameters())
     return trained
 
 
-def _check_shards(config: TrainConfig) -> None:
-    """Raise DbkitError for what a sharded training cannot do."""
+def check_processes(config: TrainConfig) -> None:
+    """Raise DbkitError for what a sharded training, or one in several processes, cannot do."""
     cannot = {
+        f"memory {config.memory}": config.memory in ("balanced", "small", "tiny"),
         f"optimizer {config.chosen_optimizer}": config.chosen_optimizer != "adamw",
         "use_ema": config.use_ema,
         "adapter lora": config.adapter == "lora",
@@ -118,8 +120,10 @@ def _check_shards(config: TrainConfig) -> None:
         f"resume_state {config.resume_state}": config.resume_state != "exact",
     }
     found = [name for name, there in cannot.items() if there]
-    if found:
+    if found and (processes.shards() or zero.asked()):
         raise DbkitError(f"{found[0]} does not go with FSDP or DeepSpeed; leave it off, or launch without them")
+    if config.memory == "tiny" and processes.world() > 1:
+        raise DbkitError("memory tiny trains in one process; choose memory small, or start dbkit without a launcher")
 
 
 def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: TrainConfig) -> dict[str, str]:
@@ -141,11 +145,11 @@ def write_state(state: State, folder: Path, optimizer: dict[str, Any], config: T
 
 def state_size(config: TrainConfig, parameters: list[torch.nn.Parameter]) -> int:
     """Bytes that write_state() takes on the disk."""
-    count = sum(parameter.numel() for parameter in parameters)
-    each = 2 if config.resume_state == "weights" and config.save_precision != "fp32" else 4
+    halved = config.resume_state == "weights" and config.save_precision != "fp32"
+    weights = sum(parameter.numel() * (2 if halved else parameter.dtype.itemsize) for parameter in parameters)
     moments = 0 if config.resume_state == "weights" else state_bytes(config.chosen_optimizer, parameters)
     small = config.resume_state == "small" and config.chosen_optimizer in ("adamw", "lion")
-    return count * each * (2 if config.use_ema else 1) + moments // (4 if small else 1)
+    return weights * (2 if config.use_ema else 1) + moments // (4 if small else 1)
 
 
 def read_state(state: State, saved: Checkpoint) -> None:
@@ -175,7 +179,8 @@ def rest_text_encoder(state: State, pools: list[Pool]) -> list[Pool]:
     text_encoder = state.models.text_encoder
     if state.ema:
         state.ema.adopt("text_encoder")
-    text_encoder.requires_grad_(False).eval()
+    # Whole numbers, since there is no autocast here: memory tiny mixes bf16 and fp32.
+    text_encoder.requires_grad_(False).eval().float()
     for parameter in text_encoder.parameters():
         parameter.grad = None
         state.optimizer.state.pop(parameter, None)

@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> Path:
 
 def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, began: float) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
-    dtype = choose_dtype(config.mixed_precision, device)
+    dtype = choose_dtype(config.mixed_precision, device, config.memory)
     on_main(open_run, config, run, home)
     config = on_main(choose_settings, config, run, device, dtype)
     plan = on_main(make_plan, config, run, device, home)
@@ -83,7 +83,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
     models = _load(config)
     state = make_state(config, models, device, dtype, plan.optimizer_library)
-    assert all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
+    assert config.memory == "tiny" or all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     if plan.saved:
         read_state(state, plan.saved)
 
@@ -142,7 +142,8 @@ def train_step(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One optimizer step: gradient_accumulation_steps forward and backward passes, clip, update.
 
-    Returns (loss, instance loss, class loss) as a tensor of shape (3,) and the gradient norm, both still on the device.
+    With memory tiny the last backward pass clips and updates. Returns (loss, instance loss, class loss) as a tensor of
+    shape (3,) and the gradient norm, both still on the device.
     """
     import torch
 
@@ -153,6 +154,7 @@ def train_step(
     noising = Noising(len(alphas_cumprod), config.noise_offset, config.input_perturbation, config.caption_dropout)
     device, world, rank = alphas_cumprod.device, processes.world(), processes.rank()
     losses = torch.zeros(3, device=device)
+    set_learning_rate(optimizer, learning_rate)
     for number in range(passes):
         first = (number * world + rank) * size
         # One batch, or with buckets one for each size among these samples: their losses add up to the mean.
@@ -174,11 +176,14 @@ def train_step(
                 zero.backward(state.engine, parts[0] / passes, last)
             else:
                 processes.last_backward(state.trained.values(), last)
+                if last and config.memory == "tiny":
+                    optimizer.begin(step)
                 scaler.scale(parts[0] / passes).backward()
             losses += torch.stack(parts).detach() / passes
-    set_learning_rate(optimizer, learning_rate)
     if state.engine:
         return processes.mean(losses), zero.step(state.engine)
+    if config.memory == "tiny":
+        return losses, optimizer.end()
     processes.average_gradients(state.parameters)
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(state.parameters, config.max_grad_norm)
@@ -277,4 +282,5 @@ def _weight_norms(state: State) -> torch.Tensor:
     import torch
 
     own = [p.to_local() if hasattr(p, "to_local") else p for p in state.parameters]
-    return torch.stack([parameter.detach().norm().cpu() for parameter in own])
+    norm = functools.partial(torch.linalg.vector_norm, dtype=torch.float32)
+    return torch.stack([norm(parameter.detach()).cpu() for parameter in own])

@@ -13,6 +13,14 @@ SCHEDULERS = Literal["constant", "constant_with_warmup", "linear", "cosine", "co
 OPTIMIZERS = Literal["adamw", "adamw8bit", "adafactor", "lion", "prodigy"]
 PRECISIONS = Literal["auto", "no", "fp16", "bf16"]
 DEVICES = Literal["auto", "cuda", "mps", "cpu"]
+# What each memory tier turns on, as (gradient_checkpointing, use_8bit_adam); tiny is more than that.
+TIERS = {
+    "auto": (False, False),
+    "fast": (False, False),
+    "balanced": (False, True),
+    "small": (True, True),
+    "tiny": (True, True),
+}
 CLIP_SKIP = "layer of the text encoder, counted from its end, that prompts are read from; 2 for models that are made for it; a user interface has to be set to the same; empty: what the model says, mostly 1"
 
 
@@ -32,7 +40,7 @@ class TrainConfig(Settings):
     )
     auto: bool = setting(
         False,
-        "choose what is not given of num_class_images, max_train_steps, train_batch_size, gradient_accumulation_steps, learning_rate, gradient_checkpointing, use_8bit_adam and save_model_every_n_steps from the images, the method and the GPU, and say why; a run that goes on keeps its own",
+        "choose what is not given of num_class_images, max_train_steps, train_batch_size, gradient_accumulation_steps, learning_rate, memory, gradient_checkpointing, use_8bit_adam and save_model_every_n_steps from the images, the method and the GPU, and say why; a run that goes on keeps its own",
     )
     instance_prompt: str | None = setting(
         None, "prompt for every instance image: a rare word and the class, for instance: photo of ohwx dog", fixed=True
@@ -391,8 +399,12 @@ class TrainConfig(Settings):
     )
     mixed_precision: PRECISIONS = setting(
         "auto",
-        "arithmetic of the forward pass; auto takes bf16 or fp16 where the GPU is good at it; trained weights stay fp32",
+        "arithmetic of the forward pass; auto takes bf16 or fp16 where the GPU is good at it; trained weights stay fp32, but for memory tiny",
         advanced=True,
+    )
+    memory: Literal["auto", "fast", "balanced", "small", "tiny"] = setting(
+        "auto",
+        "fast: nothing is traded for memory, 15 GB for Stable Diffusion 1 at 512 px; balanced: AdamW's moments in 8 bits, 10 GB; small: gradient_checkpointing too, which counts with larger batches and pictures; tiny: weights in bf16, each gradient applied in the backward pass, 5 GB, a little less exact; auto: as use_8bit_adam and gradient_checkpointing say",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a quarter slower", auto=True
@@ -431,7 +443,11 @@ class TrainConfig(Settings):
         fixed=True,
     )
     max_grad_norm: float = setting(
-        1.0, "gradients are scaled down to this global norm", above=0, advanced=True, fixed=True
+        1.0,
+        "gradients are scaled down to this global norm; with memory tiny each weight's gradient to this norm by itself",
+        above=0,
+        advanced=True,
+        fixed=True,
     )
     use_ema: bool = setting(
         False,
@@ -585,8 +601,13 @@ class TrainConfig(Settings):
 
     @property
     def chosen_optimizer(self) -> str:
-        """The optimizer, with use_8bit_adam read as adamw8bit."""
-        return "adamw8bit" if self.use_8bit_adam else self.optimizer
+        """The optimizer, with use_8bit_adam and the memory tiers that mean it read as adamw8bit."""
+        return "adamw8bit" if self.use_8bit_adam or TIERS[self.memory][1] else self.optimizer
+
+    @property
+    def recomputes_activations(self) -> bool:
+        """gradient_checkpointing, or a memory tier that means it."""
+        return self.gradient_checkpointing or TIERS[self.memory][0]
 
     @property
     def peak_learning_rate(self) -> float:
@@ -603,6 +624,7 @@ class TrainConfig(Settings):
             *self._prior_mistakes(),
             *self._schedule_mistakes(),
             *self._optimizer_mistakes(),
+            *self._memory_mistakes(),
         ]
         model = Path(self.pretrained_model_name_or_path)
         if self.revision and local_folder(model).exists():
@@ -653,6 +675,38 @@ class TrainConfig(Settings):
             )
         if self.optimizer == "prodigy" and self.text_encoder_learning_rate not in (None, self.learning_rate):
             mistakes.append("optimizer prodigy finds one rate for all parts; leave text_encoder_learning_rate out")
+        return mistakes
+
+    def _memory_mistakes(self) -> list[str]:
+        if self.memory == "auto":
+            return []
+        tier = f"memory {self.memory}"
+        recomputes, eight = TIERS[self.memory]
+        mistakes = []
+        if self.gradient_checkpointing and not recomputes:
+            mistakes.append(
+                f"{tier} is without gradient_checkpointing, which is on; choose memory small, or turn it off"
+            )
+        if not eight and self.chosen_optimizer == "adamw8bit":
+            how = "use_8bit_adam is on" if self.use_8bit_adam else "optimizer is adamw8bit"
+            mistakes.append(f"{tier} is without 8-bit moments, and {how}; choose memory balanced, or leave that out")
+        if eight and self.optimizer not in ("adamw", "adamw8bit"):
+            mistakes.append(
+                f"{tier} means optimizer adamw8bit, and optimizer is {self.optimizer}; leave one of them out"
+            )
+        if self.memory == "tiny":
+            small = "; leave that out, or choose memory small"
+            if self.gradient_accumulation_steps > 1:
+                mistakes.append(
+                    "memory tiny frees each gradient in the backward pass, so none can be summed over "
+                    f"gradient_accumulation_steps {self.gradient_accumulation_steps}{small}"
+                )
+            if self.adapter != "none":
+                mistakes.append(f"memory tiny is for training the whole model, and adapter is {self.adapter}{small}")
+            if self.use_ema:
+                mistakes.append(f"memory tiny has no room for the averages of use_ema{small}")
+            if self.mixed_precision in ("no", "fp16"):
+                mistakes.append(f"memory tiny computes in bf16, and mixed_precision is {self.mixed_precision}{small}")
         return mistakes
 
     def _label_mistakes(self) -> list[str]:

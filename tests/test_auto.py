@@ -12,10 +12,11 @@ import yaml
 from conftest import draw_photo
 
 from dbkit import DbkitError, TrainConfig, embedded, train
-from dbkit.auto import Machine, choose, machine_of, memory
+from dbkit.auto import Machine, choose, has_8bit_adam, machine_of, memory
 from dbkit.cli import _parse
 from dbkit.memory import STABLE_DIFFUSION_1, USABLE, Place, step_peak
 from dbkit.settings import AUTO
+from dbkit.train_config import TIERS
 
 T4 = Machine("Tesla T4", 15.6, "fp16", True)
 T4_PLAIN = dataclasses.replace(T4, has_8bit_adam=False)
@@ -72,6 +73,7 @@ def test_the_table(changes, images, machine, steps, rate, batch, passes, checkpo
         "use_8bit_adam": eight,
         "num_class_images": class_images,
         "save_model_every_n_steps": every,
+        **({"memory": "tiny"} if machine is SMALL else {}),
     }
     # All but the class images of a training without them are accounted for, and the values are good ones.
     assert {name for name in NAMES if f"{name} " in "\n".join(reasons)} >= set(NAMES) - {"num_class_images"}
@@ -211,6 +213,43 @@ def test_what_is_given_is_reckoned_with():
     assert (values["gradient_accumulation_steps"], values["max_train_steps"]) == (2, 500)
     # Ways that were not left to be chosen are not tried: with Adam whole only checkpointing is left.
     assert choose(made(**PRIOR, use_8bit_adam=False), [10], T4)[0]["gradient_checkpointing"] is True
+
+
+def test_tiny_is_the_last_way_and_only_where_nothing_given_speaks_against_it():
+    values, reasons = choose(made(**PRIOR), [10], SMALL)
+    assert values["memory"] == "tiny"
+    assert re.search(r"memory tiny: .* about 5\.\d GB", reasons[0])
+    assert "bitsandbytes" not in reasons[0] and "too little room" not in reasons[0]
+    values, _ = choose(made(**NATIVE), [20], SMALL)
+    assert (values["memory"], values["train_batch_size"], values["gradient_accumulation_steps"]) == ("tiny", 4, 1)
+    against = (
+        {"use_8bit_adam": False},
+        {"gradient_checkpointing": True},
+        {"use_ema": True},
+        {"gradient_accumulation_steps": 2},
+        {"optimizer": "lion"},
+        {"adapter": "lora"},
+        {"memory": "small"},
+    )
+    for given in against:
+        assert "memory" not in choose(made(**PRIOR, **given), [10], SMALL)[0]
+    for machine in (L4, TWELVE, dataclasses.replace(SMALL, dtype="fp16")):
+        assert "memory" not in choose(made(**PRIOR), [10], machine)[0]
+
+
+@pytest.mark.parametrize("machine", [A100_80, SMALL, CPU])
+@pytest.mark.parametrize("tier", ["fast", "balanced", "small", "tiny"])
+def test_a_tier_that_is_given_decides(machine, tier):
+    config = made(**NATIVE, memory=tier)
+    values, reasons = choose(config, [20], machine)
+    assert (values["gradient_checkpointing"], values["use_8bit_adam"]) == TIERS[tier] and "memory" not in values
+    assert tier != "tiny" or values["gradient_accumulation_steps"] == 1
+    assert "nothing is traded" not in reasons[0]
+    dataclasses.replace(config, **values)
+
+
+def test_whether_8_bit_moments_work_is_asked_beside_a_tier_too():
+    assert has_8bit_adam(made(memory="fast"), torch.device("cpu")) == has_8bit_adam(made(), torch.device("cpu"))
 
 
 def test_a_number_of_epochs_decides_the_steps():

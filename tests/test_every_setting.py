@@ -95,6 +95,7 @@ CASES = {
     "scale_lr": ({"train_batch_size": 2}, True),
     "seed": ({}, 1),
     "mixed_precision": ({}, "bf16"),
+    "memory": ({}, "tiny"),
     "gradient_checkpointing": ({}, True),
     "optimizer": ({}, "lion"),
     "use_8bit_adam": ({}, True),

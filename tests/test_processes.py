@@ -102,12 +102,27 @@ def test_deepspeed_equals_one_process_and_resumes_exactly(settings, tmp_path):
     assert_close_to_one_process(train_straight_and_again(case, tmp_path, **zero2), case)
 
 
-def test_what_cannot_be_sharded_is_said(settings):
-    job = plain({**settings, "use_ema": True})
-    started = launch("train", json.dumps([job]), ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+@pytest.mark.parametrize(
+    ("changes", "environment", "sentence"),
+    [
+        (
+            {"use_ema": True},
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+            "use_ema does not go with FSDP or DeepSpeed; leave it off, or launch without them",
+        ),
+        (
+            {"memory": "tiny"},
+            {},
+            "memory tiny trains in one process; choose memory small, or start dbkit without a launcher",
+        ),
+    ],
+)
+def test_what_several_processes_cannot_do_is_said_before_a_model_is_loaded(settings, changes, environment, sentence):
+    job = plain({**settings, **changes, "pretrained_model_name_or_path": "owner/name"})
+    started = launch("train", json.dumps([job]), **environment)
     said, _ = started.communicate()
     assert started.returncode != 0
-    assert "use_ema does not go with FSDP or DeepSpeed; leave it off, or launch without them" in said
+    assert sentence in said
 
 
 def test_a_launcher_that_is_told_to_stop_leaves_a_whole_state(settings):
