@@ -267,6 +267,19 @@ def test_files_that_read_back_differently_are_refused(tmp_path):
         commit_step(tmp_path, 4, write_link)
 
 
+def test_a_state_whose_tensors_lie_in_the_pickle_is_read_too(tmp_path):
+    moments = {"state": {0: {"exp_avg": torch.arange(3.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.999)}]}
+
+    def write_as_before(folder):
+        torch.save(moments, folder / "optimizer.pt")
+
+    old = commit_step(tmp_path, 4, write_as_before)
+    new = commit_step(tmp_path, 6, lambda folder: save_state(folder, {}, {"optimizer": moments}))
+    for found in (load_state(old, {})["optimizer"], load_state(new, {})["optimizer"]):
+        assert torch.equal(found["state"][0].pop("exp_avg"), torch.arange(3.0))
+        assert found == {"state": {0: {}}, "param_groups": moments["param_groups"]}
+
+
 CORRUPTED = """
 import json, sys
 from pathlib import Path
