@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
@@ -44,15 +45,15 @@ CASES = {
 
 
 def make_data(folder: Path) -> dict[str, Path]:
-    """Eight sample photographs, and sixteen others as class images."""
+    """Eight sample photographs, and sixteen others as class images: turned ones, since none may be among the first."""
     sample = sorted(path for path in (ROOT / "data_templates").rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
-    made = {"instance_data_dir": folder / "instance", "class_data_dir": folder / "class"}
-    for (_, place), count in zip(made.items(), (8, 16)):
-        place.mkdir(parents=True)
+    made = {"instance_data_dir": (0, 8), "class_data_dir": (90, 16)}
+    for name, (angle, count) in made.items():
+        (folder / name).mkdir(parents=True)
         for number in range(count):
-            path = sample[number % len(sample)]
-            (place / f"{number:02d}{path.suffix}").write_bytes(path.read_bytes())
-    return made
+            with Image.open(sample[number % len(sample)]) as image:
+                image.convert("RGB").rotate(angle, expand=True).save(folder / name / f"{number:02d}.png")
+    return {name: folder / name for name in made}
 
 
 def with_old_names(model: Path) -> Path:
