@@ -128,6 +128,8 @@ def main() -> None:
                 class_data_dir=class_images,
                 class_prompt=PROMPTS["class_prompt"],
                 num_class_images=embedded.TRAINING["num_class_images"],
+                resolution=embedded.RESOLUTION,
+                sample_batch_size=8,
                 guidance_scale=embedded.GUIDANCE_SCALE,
                 device="cpu",
             )
