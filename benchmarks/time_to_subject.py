@@ -119,6 +119,7 @@ def main() -> None:
         peer: [f"--checkpointing_steps={options.every}"],
     }
     more["dbkit"] += ["--checkpoints_total_limit=1000", "--save_every_n_minutes=1000"]
+    more["dbkit"].append(f"--guidance_scale={embedded.GUIDANCE_SCALE}")
     found: dict[str, list[dict]] = {who: [] for who in commands}
     with tempfile.TemporaryDirectory() as root:
         class_images = Path(root) / "class"
@@ -133,6 +134,7 @@ def main() -> None:
                 guidance_scale=embedded.GUIDANCE_SCALE,
                 device="cpu",
             )
+        (class_images / "manifest.json").unlink()  # other scripts take every file there for a picture
         for number in range(options.rounds):
             for who in list(commands)[:: -1 if number % 2 else 1]:
                 with tempfile.TemporaryDirectory(dir=root) as place:
