@@ -33,10 +33,8 @@ BEGAN = started()
 def let_torchvision_load(torch) -> None:
     """The wheel for CUDA does not load beside a torch for the CPU, for want of two operators that nobody calls."""
     if torch.version.cuda is None:
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        globals()["kept"] = library
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def main() -> None:

@@ -20,12 +20,11 @@ import platform
 import shutil
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
-from train_step import run
+from train_step import as_flags, figures_of, run
 
 from dbkit import embedded, evaluate, generate_class_images
 
@@ -84,22 +83,17 @@ def fidelity(weights: Path, place: Path, seed: int) -> tuple[float, float]:
 
 def one_run(command: str, flags: list[str], place: Path, options, seed: int) -> dict:
     output = place / "output"
-    probed = run(command, flags, place)
-    steps = probed["steps"]
-    each = median(two[0] - one[0] for one, two in pairwise(steps[3:]))
-    curve = {}
+    figures = figures_of(run(command, flags, place), on_gpu=False)
+    first, each = figures["first step"], figures["wall step"]
+    learnt, curve = None, {}
     for step in range(options.every, options.steps + 1, options.every):
         if weights := kept_weights(output, step):
             base, curve[step] = fidelity(weights, place, seed)
             if curve[step] >= base + GAIN:
-                return {
-                    "first": steps[0][0],
-                    "each": each,
-                    "steps": step,
-                    "seconds": steps[0][0] + step * each,
-                    "curve": curve,
-                }
-    return {"first": steps[0][0], "each": each, "steps": None, "seconds": float("inf"), "curve": curve}
+                learnt = step
+                break
+    seconds = first + learnt * each if learnt else float("inf")
+    return {"first": first, "each": each, "steps": learnt, "seconds": seconds, "curve": curve}
 
 
 def main() -> None:
@@ -119,7 +113,6 @@ def main() -> None:
         peer: [f"--checkpointing_steps={options.every}"],
     }
     more["dbkit"] += ["--checkpoints_total_limit=1000", "--save_every_n_minutes=1000"]
-    more["dbkit"].append(f"--guidance_scale={embedded.GUIDANCE_SCALE}")
     found: dict[str, list[dict]] = {who: [] for who in commands}
     with tempfile.TemporaryDirectory() as root:
         class_images = Path(root) / "class"
@@ -139,7 +132,7 @@ def main() -> None:
             for who in list(commands)[:: -1 if number % 2 else 1]:
                 with tempfile.TemporaryDirectory(dir=root) as place:
                     settings = settings_of(Path(place) / "output", class_images, options.steps + 1, number)
-                    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in settings.items()] + more[who]
+                    flags = as_flags(settings) + more[who]
                     found[who].append(one_run(commands[who], flags, Path(place), options, number))
                 print(f"round {number + 1}, {who}: {found[who][-1]}", file=sys.stderr, flush=True)
     print(f"{options.rounds} rounds, a seed each, on {platform.machine()}, {os.cpu_count()} cores, one thread.\n")

@@ -30,7 +30,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
 PROBE = Path(__file__).with_name("probe.py")
 # The first steps warm up; dbkit's caches are filled before the first.
 WARM = 3
@@ -91,6 +90,11 @@ def flags_of(case: dict[str, object], model: Path, data: dict[str, Path], output
     }
     if case.get("with_prior_preservation"):
         settings |= {"class_data_dir": data["class_data_dir"], "class_prompt": "photo of a dog", "num_class_images": 16}
+    return as_flags(settings)
+
+
+def as_flags(settings: dict[str, object]) -> list[str]:
+    """Settings on a command line, as diffusers' scripts take them too: what is on has no value."""
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
 
 
