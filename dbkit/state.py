@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit import processes, zero
+from dbkit.attention import widen_heads
 from dbkit.cache import Pool
 from dbkit.checkpoint import Checkpoint, load_state, save_state
 from dbkit.ema import Ema
@@ -100,6 +101,8 @@ def train_parts(config: TrainConfig, models: Models, device: torch.device) -> di
             module.enable_gradient_checkpointing()
         elif config.recomputes_activations:
             module.gradient_checkpointing_enable({"use_reentrant": False})
+    if device.type == "cpu":
+        widen_heads(models.unet)
     if config.adapter == "lora":
         trained = add_lora(models, config)
     for layer in unused_layers(models.text_encoder):
