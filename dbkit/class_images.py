@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import json
 import re
 import sys
@@ -16,7 +17,7 @@ from dbkit import draws
 from dbkit.config import ClassImagesConfig
 from dbkit.errors import DbkitError
 from dbkit.files import safe_name, whole_file, write_text
-from dbkit.images import list_images
+from dbkit.images import as_html, list_images
 from dbkit.libraries import choose_device, choose_dtype
 from dbkit.models import Models, check_resolution, fingerprint, load_models, model_facts
 from dbkit.sampling import SAMPLER, Shot, place, sample
@@ -28,11 +29,16 @@ if TYPE_CHECKING:
     import torch
 
 MANIFEST = "manifest.json"
+# Pictures that a notebook shows.
+_SHOWN = 12
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """The class images of one model and prompt: how many were generated now, found from before, brought by the user."""
+    """The class images of one model and prompt: how many were generated now, found from before, brought by the user.
+
+    Shows the first ones in a notebook.
+    """
 
     folder: Path
     generated: int
@@ -46,6 +52,10 @@ class ClassImages:
         if self.brought:
             parts.append(f"{self.brought} brought by you, of unknown origin, used as they are")
         return f"class images: {', '.join(parts)}: {self.folder}"
+
+    def _repr_html_(self) -> str:
+        shown = "".join(as_html(path, 128, path.name) for path in self.paths[:_SHOWN])
+        return f"<p>{html.escape(str(self))}</p><div style='display:flex;flex-wrap:wrap;gap:4px'>{shown}</div>"
 
 
 @configured_by(ClassImagesConfig)

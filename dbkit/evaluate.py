@@ -7,6 +7,7 @@ likeness is that of a model that can draw nothing else.
 
 from __future__ import annotations
 
+import html
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -18,11 +19,11 @@ from dbkit.captions import read_caption
 from dbkit.config import EvaluateConfig
 from dbkit.errors import DbkitError
 from dbkit.files import whole_file
-from dbkit.images import list_images, read_image, render
+from dbkit.images import as_html, list_images, read_image, render
 from dbkit.libraries import choose_device, choose_dtype, hub_options, loading
 from dbkit.lora import Source, find_source, load_source
 from dbkit.models import check_resolution, model_facts
-from dbkit.preview import Preview, labelled_grid
+from dbkit.preview import labelled_grid
 from dbkit.run_folder import run_settings
 from dbkit.sampling import Shot, place, sample
 from dbkit.settings import configured_by, replace
@@ -66,7 +67,10 @@ _MEANINGS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of the base model and of the trained one, and a grid of pictures that they were read from."""
+    """The figures of the base model and of the trained one, and a grid of pictures that they were read from.
+
+    Shows both in a notebook.
+    """
 
     base: Figures
     model: Figures
@@ -81,8 +85,9 @@ class Evaluation:
                 rows.append(f"{field.name:21}  {name:6}  {before:6.3f}  {after:6.3f}  {meaning}")
         return "\n".join([*rows, f"before and after: {self.grid}"])
 
-    def _repr_jpeg_(self) -> bytes:
-        return Preview(self.grid, [])._repr_jpeg_()
+    def _repr_html_(self) -> str:
+        grid = as_html(self.grid, 2048, "before and after")
+        return f"<pre>{html.escape(str(self))}</pre>{grid}"
 
 
 @configured_by(EvaluateConfig)

@@ -9,6 +9,7 @@ import functools
 import inspect
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from dbkit.errors import DbkitError
 from dbkit.files import write_text
 
 Config = TypeVar("Config", bound="Settings")
+Result = TypeVar("Result")
 # What stands for a value that is to be chosen from the facts.
 AUTO = "auto"
 
@@ -122,14 +124,14 @@ def with_auto(cls: type[Config]) -> type[Config]:
     return cls
 
 
-def configured_by(cls: type[Config]):
+def configured_by(cls: type[Config]) -> Callable[[Callable[[Config], Result]], Callable[..., Result]]:
     """Let a function of one settings object be called with that object, or with its fields by name.
 
     Positional settings may be given without their names. A settings object and fields together: the fields win. The
-    signature that help() shows is that of the settings class.
+    signature that help() shows is that of the settings class, with what the function returns.
     """
 
-    def decorate(function):
+    def decorate(function: Callable[[Config], Result]) -> Callable[..., Result]:
         @functools.wraps(function)
         def called(*values, **changes):
             if values and isinstance(values[0], cls):
@@ -146,7 +148,8 @@ def configured_by(cls: type[Config]):
                 raise TypeError(f"{function.__name__}() got {', '.join(sorted(twice))} twice")
             return function(cls.from_dict({**given, **changes}))
 
-        called.__signature__ = inspect.signature(cls)
+        returns = inspect.signature(function).return_annotation
+        called.__signature__ = inspect.signature(cls).replace(return_annotation=returns)
         return called
 
     return decorate

@@ -38,6 +38,8 @@ def test_there_are_as_many_images_as_asked_for_at_the_asked_size(class_config):
     assert {Image.open(path).size for path in made.folder.glob("*.png")} == {(64, 64)}
     assert len(set(contents(made.folder).values())) == 3
     assert str(made) == f"class images: 3 generated, 0 found: {made.folder}"
+    shown = made._repr_html_()
+    assert "3 generated" in shown and shown.count("data:image/jpeg;base64,") == 3
 
 
 def test_called_again_it_makes_nothing(class_config):

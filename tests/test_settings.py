@@ -274,7 +274,7 @@ def test_replace_changes_a_copy_and_refuses_unknown_names():
 
 
 @configured_by(Bread)
-def bake(config):
+def bake(config) -> Bread:
     """Bake it."""
     return config
 
@@ -309,6 +309,7 @@ def test_too_many_values_without_names_are_a_programmers_mistake():
 
 def test_a_function_shows_the_signature_of_its_settings():
     assert list(inspect.signature(bake).parameters) == [field.name for field in dataclasses.fields(Bread)]
+    assert inspect.signature(bake).return_annotation is Bread
     assert bake.__doc__ == "Bake it."
 
 
