@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence, Set
@@ -24,7 +23,7 @@ from dbkit.errors import DbkitError
 from dbkit.examples import Example
 from dbkit.files import whole_file
 from dbkit.images import View, read_image, render
-from dbkit.tensor_files import bytes_of, held, open_tensors, write_safetensors
+from dbkit.tensor_files import bytes_of, held, is_finite, open_tensors, write_safetensors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,10 +32,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FILE = "latents.safetensors"
-# To be raised with every change of what images.render() or encode() make of the same picture.
+# To be raised with every change of what images.py or encode() make of the same picture.
 _FORMAT = 1
-# Other versions of these give other last bits.
-_LIBRARIES = ("torch", "diffusers", "pillow")
 # How many of the runs beside a run are looked into: on Google Drive each takes a moment.
 _MOST_BESIDE = 10
 # Of one batch, by the kind of device. Elsewhere pictures are encoded one by one: on a CPU more at once is no faster.
@@ -94,7 +91,8 @@ def encode(
     known = own | _read(wanted.keys() - own.keys(), files[1:])
     known |= _by_vae(vae, wanted, known.keys(), device)
     if files and len(own) < len(wanted) and processes.rank() == 0:
-        _write(known, files[0])
+        # What is no number may be an accident of this machine.
+        _write({name: latents for name, latents in known.items() if is_finite(latents)}, files[0])
     return [known[name] for name in names]
 
 
@@ -111,14 +109,18 @@ def files_near(run: Path, home: Path) -> list[Path]:
 
 
 def _digest_of_encoder(vae: AutoencoderKL, device: torch.device) -> str:
-    """Stands for what latents depend on beside their picture: the VAE's settings and weights, and what computes."""
+    """Stands for what latents depend on beside their picture: the VAE's settings and weights, and what computes them.
+
+    Another device, another version of a library or another number at once gives other last bits.
+    """
+    import diffusers
+    import PIL
     import torch
 
-    computer = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    settings = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    versions = [importlib.metadata.version(library) for library in _LIBRARIES]
-    digest = hashlib.sha256()
-    digest.update(json.dumps([_FORMAT, versions, computer, str(vae.dtype), settings], sort_keys=True).encode())
+    facts = [_FORMAT, torch.__version__, diffusers.__version__, PIL.__version__, str(vae.dtype)]
+    facts += [torch.cuda.get_device_name(device) if device.type == "cuda" else device.type]
+    facts += [PIXELS_AT_ONCE.get(device.type), {key: value for key, value in vae.config.items() if key[0] != "_"}]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name, tensor in sorted(vae.state_dict().items()):
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(name.encode())

@@ -210,6 +210,8 @@ def _make_pools(
     config: TrainConfig, models: Models, plan: RunPlan, device: torch.device, files: Sequence[Path]
 ) -> list[Pool]:
     """Encode the images and free the device of the VAE; prompts stay token ids until the text encoder rests."""
+    import torch
+
     models.noise_scheduler.alphas_cumprod = models.noise_scheduler.alphas_cumprod.to(device)
     distinct = list(dict.fromkeys(prompt for e in [*plan.instance, *plan.class_set] for prompt in e.prompts))
     distinct += [""] if config.caption_dropout and "" not in distinct else []
@@ -220,6 +222,7 @@ def _make_pools(
     sets = {role: part for role, part in (("instance", plan.instance), ("class", plan.class_set)) if part}
     encoded = encode_images(models, list(sets.values()), config, device, files)
     models.vae.to("cpu")
+    torch.cuda.empty_cache()  # blocks of sizes that training does not ask for
     pools = []
     for (role, examples), (latents, places) in zip(sets.items(), encoded):
         prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]

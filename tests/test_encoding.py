@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from conftest import draw_photo
@@ -127,6 +127,14 @@ def changed_weight(vae):
         next(vae.encoder.parameters()).view(-1)[0] += 1e-3
 
 
+def test_latents_that_are_no_numbers_are_not_kept(model, config, tmp_path):
+    vae, path = load_models(model).vae, tmp_path / FILE
+    vae.encoder.register_forward_pre_hook(lambda _, inputs: (inputs[0] / 0,) if vae.breaks else None)
+    for vae.breaks, kept in ((True, 0), (False, 3)):
+        encode(vae, pictures_of(config), CPU, [path])
+        assert len(open_tensors(path)[0]) == kept
+
+
 def changed_scale(vae):
     vae.register_to_config(scaling_factor=0.5)
 
@@ -149,8 +157,7 @@ def test_another_vae_encodes_again_and_another_decoder_does_not(change, passes, 
 
 def test_a_library_of_another_version_encodes_again(models, config, tmp_path, monkeypatch):
     encode(models.vae, pictures_of(config), CPU, [tmp_path / FILE])
-    version = importlib.metadata.version
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version(name) + "1" * (name == "pillow"))
+    monkeypatch.setattr(PIL, "__version__", PIL.__version__ + "1")
     with counted() as passes:
         encode(models.vae, pictures_of(config), CPU, [tmp_path / FILE])
     assert len(passes) == 3
@@ -173,6 +180,25 @@ def test_what_is_changed_of_a_picture_is_encoded_again_and_its_name_is_none_of_i
     assert passes(center_crop=False) == 3  # what the file held before is not needed any more
     assert passes(center_crop=False, hflip=True) == 3
     assert passes(center_crop=False, seed=1) == 3
+
+
+def test_a_picture_is_framed_as_the_kept_latents_were():
+    """Where this has to change, so has encoding._FORMAT: otherwise latents of the earlier framing would be found."""
+    y, x = np.mgrid[:40, :60]
+    image = Image.fromarray(np.stack([4 * x, 6 * y, 3 * x + 2 * y], axis=-1).astype(np.uint8))
+    for view, diagonal in (
+        (View(), [[57, 27, 52], [98, 85, 102], [138, 149, 153], [179, 207, 203]]),
+        (
+            View((0.2, 1.0), share=0.6, flip=True),
+            [[111, 111, 120], [87, 147, 114], [63, 184, 108], [39, 219, 102]],
+        ),
+        (
+            View((1.0, 0.3), degrees=20, brightness=1.2, contrast=0.7),
+            [[162, 75, 143], [172, 123, 167], [186, 167, 191], [205, 221, 224]],
+        ),
+    ):
+        seen = np.asarray(render(image, (4, 4), view), dtype=int).reshape(-1, 3)[::5]
+        assert np.abs(seen - diagonal).max() <= 2
 
 
 def test_another_hole_is_another_picture(config):
