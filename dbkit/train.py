@@ -207,7 +207,7 @@ def _load(config: TrainConfig) -> Models:
 
 
 def _make_pools(
-    config: TrainConfig, models: Models, plan: RunPlan, device: torch.device, files: Sequence[Path]
+    config: TrainConfig, models: Models, plan: RunPlan, device: torch.device, files: Sequence[Path] = ()
 ) -> list[Pool]:
     """Encode the images and free the device of the VAE; prompts stay token ids until the text encoder rests."""
     import torch
