@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from dbkit import draws
 from dbkit.augment import holes_of
 from dbkit.buckets import Size
+from dbkit.encoding import Picture, encode
 from dbkit.examples import Example
-from dbkit.images import View, read_image, read_mask, render, render_mask
+from dbkit.images import View, read_mask, render_mask
 from dbkit.models import Models
 from dbkit.order import Order
 from dbkit.train_config import TrainConfig
@@ -19,7 +20,6 @@ from dbkit.train_config import TrainConfig
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL
     from PIL import Image
 
 
@@ -43,78 +43,83 @@ class Latents:
 
 
 def encode_images(
-    models: Models, examples: list[Example], config: TrainConfig, device: torch.device
-) -> tuple[list[Latents], list[list[tuple[int, int]]]]:
-    """The latents of all views of the examples, one Latents for each size, and where those of each view lie.
+    models: Models,
+    sets: list[list[Example]],
+    config: TrainConfig,
+    device: torch.device,
+    files: Sequence[Path] = (),
+) -> list[tuple[list[Latents], list[list[tuple[int, int]]]]]:
+    """The latents of all views of each set of examples, one Latents for each size, and where those of each view lie.
 
     The places are (number of the Latents, row) for each example and each of its views; a view has several rows where an
-    inpainting model sees it with several holes. The VAE runs in fp32: in fp16 some images overflow.
+    inpainting model sees it with several holes. files are those that may hold latents already, the run's own first.
+    The VAE runs in fp32: in fp16 some images overflow.
     """
     import torch
-    from tqdm import tqdm
 
-    sizes = list(dict.fromkeys(example.size for example in examples))
-    rows: list[list[dict[str, torch.Tensor]]] = [[] for _ in sizes]
-    places = []
-    with torch.no_grad():
-        for example in tqdm(examples, "latents", file=sys.stdout, mininterval=1):
+    pictures = [picture for examples in sets for example in examples for picture in _seen(models, example, config)]
+    encoded = iter(encode(models.vae, pictures, device, files))
+    results = []
+    for examples in sets:
+        sizes = list(dict.fromkeys(example.size for example in examples))
+        rows: list[list[dict[str, torch.Tensor]]] = [[] for _ in sizes]
+        places = []
+        for example in examples:
             number = sizes.index(example.size)
-            own = list(_encode(models, example, config, device))
+            own = list(_rows(models, example, config, encoded))
             places.append([(number, len(rows[number]) + n) for n in range(len(own))])
             rows[number] += own
-    return [Latents(**{name: torch.cat([row[name] for row in part]) for name in part[0]}) for part in rows], places
+        stacked = [{name: torch.stack([row[name] for row in part]).to(device) for name in part[0]} for part in rows]
+        results.append(([Latents(**fields) for fields in stacked], places))
+    return results
 
 
-def _encode(
-    models: Models, example: Example, config: TrainConfig, device: torch.device
+def _seen(models: Models, example: Example, config: TrainConfig) -> Iterator[Picture]:
+    """What the VAE sees of an example, in the order in which _rows() takes what it made of it."""
+    for view in example.views:
+        yield Picture(example, view)
+        for hole in _holes(models, example, config):
+            yield Picture(example, view, hole)
+
+
+def _holes(models: Models, example: Example, config: TrainConfig) -> list[np.ndarray]:
+    """What an inpainting model does not see of each view, (H, W) latents; no others have holes."""
+    width, height = (side // models.vae_scale_factor for side in example.size)
+    return holes_of(config, example.path.name, (width, height)) if models.inpaints else []
+
+
+def _rows(
+    models: Models, example: Example, config: TrainConfig, encoded: Iterator[torch.Tensor]
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The fields of Latents for each view of an example, or for each hole in each view."""
-    vae, factor = models.vae, models.vae.config.scaling_factor
-    image, mask = read_image(example.path), read_mask(example.mask) if example.mask else None
+    import torch
+
+    mask = read_mask(example.mask) if example.mask else None
     for view in example.views:
-        pixels = _pixels(render(image, example.size, view)).to(device)
-        posterior = vae.encode(pixels).latent_dist
-        row = {"mean": posterior.mean * factor, "std": posterior.std * factor}
+        mean, std = next(encoded)
+        row = {"mean": mean, "std": std}
         if config.masked_loss:
-            row["weights"] = _weights(mask, example.size, view, config, row["mean"])
+            row["weights"] = _weights(mask, example.size, view, config, mean.shape[1:])
         if not models.inpaints:
             yield row
-            continue
-        for hole in holes_of(config, example.path.name, row["mean"].shape[:1:-1]):
-            yield {**row, "hidden": _hide(vae, pixels, hole)}
+        for hole in _holes(models, example, config):
+            # As diffusers' pipeline gives them: the mask, and the most likely latents of the rest.
+            yield {**row, "hidden": torch.cat([torch.from_numpy(hole)[None], next(encoded)[0]])}
 
 
 def _weights(
-    mask: Image.Image | None, size: Size, view: View, config: TrainConfig, latents: torch.Tensor
+    mask: Image.Image | None, size: Size, view: View, config: TrainConfig, shape: tuple[int, int]
 ) -> torch.Tensor:
-    """How much each latent counts, (1, 1, H, W): 1 in the mask's white, unmasked_weight in its black."""
+    """How much each latent counts, (1, H, W): 1 in the mask's white, unmasked_weight in its black."""
     import numpy as np
     import torch
 
-    shape = latents.shape[2:]
     if mask is None:
-        return torch.ones(1, 1, *shape, device=latents.device)
+        return torch.ones(1, *shape)
     white = torch.from_numpy(np.asarray(render_mask(mask, size, view), dtype=np.float32) / 255)
     # The mean over the pixels of each latent.
-    white = torch.nn.functional.adaptive_avg_pool2d(white[None, None], tuple(shape)).to(latents.device)
+    white = torch.nn.functional.adaptive_avg_pool2d(white[None], tuple(shape))
     return config.unmasked_weight + (1 - config.unmasked_weight) * white
-
-
-def _hide(vae: AutoencoderKL, pixels: torch.Tensor, hole: np.ndarray) -> torch.Tensor:
-    """The mask and the latents of the picture without it, (1, 1 + C, H, W), as diffusers' pipeline gives them."""
-    import torch
-
-    mask = torch.from_numpy(hole)[None, None].to(pixels.device)
-    seen = pixels * (1 - torch.nn.functional.interpolate(mask, size=pixels.shape[2:]))
-    return torch.cat([mask, vae.encode(seen).latent_dist.mode() * vae.config.scaling_factor], dim=1)
-
-
-def _pixels(image: Image.Image) -> torch.Tensor:
-    """An image as the VAE wants it: shape (1, 3, H, W), from -1 to 1."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.asarray(image, dtype=np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
 
 
 @dataclass(frozen=True)

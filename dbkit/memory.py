@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dbkit.buckets import Size, sizes_of
 from dbkit.counting import ACTIVATIONS, make_arithmetic, make_ledger, run_backward
 from dbkit.embedded import local_folder
+from dbkit.encoding import at_once
 from dbkit.errors import DbkitError
 from dbkit.libraries import hub_errors, hub_options, loading, quiet
 from dbkit.losses import add_noise, per_sample_loss
@@ -367,14 +368,13 @@ def _latent_shape(models: Models, size: Size) -> tuple[int, int, int]:
 
 
 @_once
-def _count_encoding(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
-    """What the VAE holds beside itself while it encodes one picture, in fp32."""
+def _count_encoding(config: TrainConfig, configs: Configs, place: Place, pictures: int, size: Size) -> dict[str, int]:
+    """What the VAE holds, itself among it, while it encodes so many pictures at once, in fp32."""
     import torch
 
     models = _on_meta(json.dumps(configs, sort_keys=True), None)
-    width, height = largest_size(config)
     with torch.no_grad(), _counting(models, ["vae"], Place(place.kind, torch.float32)) as (ledger, _):
-        models.vae.encode(torch.empty(1, 3, height, width, device="meta"))
+        models.vae.encode(torch.empty(pictures, 3, size[1], size[0], device="meta"))
         return ledger.next_moment()
 
 
@@ -410,11 +410,13 @@ def _count_sampling(
 
 
 def _encoding_peak(config: TrainConfig, configs: Configs, place: Place) -> Peak:
-    parts = sizes_of_parts(configs)
-    held = Counter(_count_encoding(config, configs, place))
-    held[FROZEN] += 4 * (parts["unet"] + parts["text_encoder"])
-    # A run that goes on has its optimizer's state by then.
-    return _peak("encoding the images", {**held, **_kept(config, configs, place)}, configs, place, held)
+    """What encoding the images takes. It comes first: on a GPU the VAE is alone there."""
+    pictures, size = max(
+        ((at_once(size, place.kind), size) for size in sizes_of(config)),
+        key=lambda batch: batch[0] * batch[1][0] * batch[1][1],
+    )
+    held = _count_encoding(config, configs, place, pictures, size)
+    return _peak("encoding the images", held, configs, place, held)
 
 
 def _sampling_peak(

@@ -167,7 +167,7 @@ def plan(config: TrainConfig) -> Plan:
         peaks=peaks,
         ram=None if device.type == "cpu" else max(process_peaks(config, configs, place), key=lambda peak: peak.total),
         ram_free=free_ram,
-        disk=_disk(config, configs, trained, run, home),
+        disk=_disk(config, configs, trained, images, run, home),
         steps=steps,
         seconds=_seconds(home, steps),
         changes=[] if fits else cheapest_changes(config, configs, place, images, device, USABLE * free),
@@ -200,20 +200,37 @@ def _peaks(config: TrainConfig, configs: Configs, place: Place, images: int) -> 
 
 def _cached(config: TrainConfig, configs: Configs, images: int) -> int:
     """Bytes of the latents and text states of so many images and their class images."""
-    vae, concepts = configs["vae"], len(concepts_of(config))
+    channels, area, inpaints = _latents(config, configs)
+    concepts = len(concepts_of(config))
+    each = 4 * area * (2 * channels + config.masked_loss + inpaints * (1 + channels))
+    rows = _views(config, images) * (config.inpainting_masks if inpaints else 1)
+    captioned = config.use_txt_as_label or config.use_filename_as_label or config.combine_prompt_from_txt
+    versions = config.caption_variants if config.shuffle_tags or config.tag_dropout else 1
+    prompts = (images * versions if captioned else concepts) + concepts * config.with_prior_preservation + 1
+    return rows * each + prompts * 4 * 77 * configs["text_encoder"]["hidden_size"]
+
+
+def _kept_latents(config: TrainConfig, configs: Configs, images: int) -> int:
+    """Bytes of the file that keeps the latents: mean and std of each view, and of what each hole leaves of it."""
+    channels, area, inpaints = _latents(config, configs)
+    return 4 * area * 2 * channels * _views(config, images) * (1 + config.inpainting_masks if inpaints else 1)
+
+
+def _latents(config: TrainConfig, configs: Configs) -> tuple[int, int, bool]:
+    """Channels and area of a picture's latents, and whether the model is for inpainting."""
+    vae = configs["vae"]
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     width, height = largest_size(config)
     channels = vae.get("latent_channels", 4)
-    inpaints = configs["unet"].get("in_channels", 4) != channels
-    each = 4 * (width // factor) * (height // factor) * (2 * channels + config.masked_loss + inpaints * (1 + channels))
+    return channels, (width // factor) * (height // factor), configs["unet"].get("in_channels", 4) != channels
+
+
+def _views(config: TrainConfig, images: int) -> int:
+    """How many views so many images and their class images have."""
     varied = any((config.augment_rotation, config.augment_brightness, config.augment_contrast, config.augment_crop))
     views = config.augment_variants if varied else 1 + config.hflip
-    classes = config.num_class_images * concepts if config.with_prior_preservation else 0
-    rows = (images * views + classes) * (config.inpainting_masks if inpaints else 1)
-    captioned = config.use_txt_as_label or config.use_filename_as_label or config.combine_prompt_from_txt
-    versions = config.caption_variants if config.shuffle_tags or config.tag_dropout else 1
-    prompts = (images * versions if captioned else concepts) + (concepts if classes else 0) + 1
-    return rows * each + prompts * 4 * 77 * configs["text_encoder"]["hidden_size"]
+    classes = config.num_class_images * len(concepts_of(config)) if config.with_prior_preservation else 0
+    return images * views + classes
 
 
 def _free_ram() -> int:
@@ -224,14 +241,14 @@ def _free_ram() -> int:
 
 
 def _disk(
-    config: TrainConfig, configs: Configs, trained: list[torch.Tensor], run: Path, home: Path
+    config: TrainConfig, configs: Configs, trained: list[torch.Tensor], images: int, run: Path, home: Path
 ) -> list[tuple[Path, int, int]]:
     """What a run keeps, here and at its home, and what is free there."""
     count = sum(parameter.numel() for parameter in trained)
     weights = usable_size(config, sum(sizes_of_parts(configs).values()), count)
-    state = state_size(config, trained)
+    state, latents = state_size(config, trained), _kept_latents(config, configs, images)
     return [
-        (folder, all_saves(config, state, weights, is_home=folder == home), free_space(folder))
+        (folder, all_saves(config, state, weights, is_home=folder == home) + latents, free_space(folder))
         for folder in dict.fromkeys((run, home))
     ]
 

@@ -183,7 +183,7 @@ def rest_text_encoder(state: State, pools: list[Pool]) -> list[Pool]:
     if state.ema:
         state.ema.adopt("text_encoder")
     # Whole numbers, since there is no autocast here: memory tiny mixes bf16 and fp32.
-    text_encoder.requires_grad_(False).eval().float()
+    text_encoder.requires_grad_(False).eval().float().to(pools[0].prompts.device)
     for parameter in text_encoder.parameters():
         parameter.grad = None
         state.optimizer.state.pop(parameter, None)

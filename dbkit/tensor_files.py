@@ -247,7 +247,7 @@ def _read_values(path: Path, place: int, shape: tuple[int, ...], dtype: torch.dt
     values = torch.empty(shape, dtype=dtype)
     with path.open("rb") as file:
         file.seek(place)
-        if file.readinto(_bytes(values)) != values.nbytes:
+        if file.readinto(bytes_of(values)) != values.nbytes:
             raise DbkitError(f"{path} has become shorter while it was read; copy it again")
     return values
 
@@ -265,7 +265,7 @@ def same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))
 
 
-def _bytes(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The values of a tensor in memory, as they lie there."""
     import torch
 
@@ -299,7 +299,7 @@ def write_safetensors(
     def parts() -> Iterator[bytes | memoryview]:
         yield len(text).to_bytes(8, "little") + text
         for name in names:
-            yield _bytes(tensors[name].read())
+            yield bytes_of(tensors[name].read())
             seen(tensors[name].nbytes)
 
     with path.open("wb") as file, path.open("rb", buffering=0) as reader:
@@ -359,7 +359,7 @@ def write_ckpt(
             gap = -start % 64
             member.extra = struct.pack("<HH", 0x4246, gap) + b"\0" * gap
             with archive.open(member, "w", force_zip64=True) as file:
-                file.write(_bytes(tensor.read()))
+                file.write(bytes_of(tensor.read()))
             seen(tensor.nbytes)
         archive.writestr("archive/version", "3\n")
         archive.writestr("archive/byteorder", "little")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from dbkit import processes, zero
 from dbkit.auto import choose_settings
 from dbkit.cache import Noising, Pool, draw_batches, encode_images
 from dbkit.concepts import Concept
+from dbkit.encoding import files_near
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import first_prompts
 from dbkit.files import stop_requests
@@ -80,15 +82,16 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     # The same goes for the place that a launcher gave this process, and for the session's end.
     on_main(replace(config, start_over=False, local_rank=-1, session_minutes=None).save, run / "settings.yaml")
 
-    # 2. Model: its trained parts and their optimizer, as the saved state has them if there is one.
+    # 2. Model and cache: images are encoded once, and only if their latents are not found, by a VAE that leaves the
+    # device before anything else is put there.
     models = _load(config)
+    pools = _make_pools(config, models, plan, device, files_near(run, home))
+
+    # 3. State: the trained parts and their optimizer, as the saved state has them if there is one.
     state = make_state(config, models, device, dtype, plan.optimizer_library)
     assert config.memory == "tiny" or all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     if plan.saved:
         read_state(state, plan.saved)
-
-    # 3. Cache: images are encoded once, and the text of an encoder that is not trained; then both leave the device.
-    pools = _make_pools(config, models, plan, device)
     preview = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
 
     # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
@@ -203,24 +206,27 @@ def _load(config: TrainConfig) -> Models:
     return models
 
 
-def _make_pools(config: TrainConfig, models: Models, plan: RunPlan, device: torch.device) -> list[Pool]:
+def _make_pools(
+    config: TrainConfig, models: Models, plan: RunPlan, device: torch.device, files: Sequence[Path] = ()
+) -> list[Pool]:
     """Encode the images and free the device of the VAE; prompts stay token ids until the text encoder rests."""
+    import torch
+
     models.noise_scheduler.alphas_cumprod = models.noise_scheduler.alphas_cumprod.to(device)
-    models.vae.to(device)
-    models.text_encoder.to(device)
     distinct = list(dict.fromkeys(prompt for e in [*plan.instance, *plan.class_set] for prompt in e.prompts))
     distinct += [""] if config.caption_dropout and "" not in distinct else []
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
     _say_tokens(models, plan.concepts, distinct)
     prompts = tokenize(models.tokenizer, distinct).to(device)
     own = None if config.pad_tokens else own_tokens(models.tokenizer, distinct).to(device)
-    pools = []
-    for role, examples in (("instance", plan.instance), ("class", plan.class_set)):
-        if examples:
-            latents, places = encode_images(models, examples, config, device)
-            prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]
-            pools.append(Pool(role, latents, places, prompts, prompt_rows, row_of.get("", 0), own))
+    sets = {role: part for role, part in (("instance", plan.instance), ("class", plan.class_set)) if part}
+    encoded = encode_images(models, list(sets.values()), config, device, files)
     models.vae.to("cpu")
+    torch.cuda.empty_cache()  # blocks of sizes that training does not ask for
+    pools = []
+    for (role, examples), (latents, places) in zip(sets.items(), encoded):
+        prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]
+        pools.append(Pool(role, latents, places, prompts, prompt_rows, row_of.get("", 0), own))
     return pools
 
 

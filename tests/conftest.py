@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 # Before the Hub's library is imported, which reads it once: no test asks the network for anything.
@@ -139,6 +141,22 @@ def photos(tmp_path) -> Path:
         draw_photo(folder / f"{colour}.png", colour=colour)
         (folder / f"{colour}.txt").write_text(f"a {colour} thing\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB."""
+    if not sys.platform.startswith("linux") or os.geteuid() != 0:
+        pytest.skip("a small disk can only be mounted as root on Linux")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "dbkit-test", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this system does not let a small disk be mounted")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def posterior_of(models, image):
 
 def test_latents_equal_those_of_the_vae_for_each_image_alone(models, config):
     examples = instance_examples(config, concepts_of(config))
-    (latents,), places = encode_images(models, examples, config, CPU)
+    [((latents,), places)] = encode_images(models, [examples], config, CPU)
     assert latents.mean.shape == latents.std.shape == (3, 4, 8, 8)
     assert places == [[(0, 0)], [(0, 1)], [(0, 2)]]
     for number, example in enumerate(examples):
@@ -74,7 +74,7 @@ def test_every_view_of_every_size_lies_where_its_place_says(models, config, phot
     Image.new("RGB", (40, 96), "navy").save(photos / "tall.png")
     config = replace(config, use_aspect_ratio_bucket=True, hflip=True)
     examples = instance_examples(config, concepts_of(config))
-    latents, places = encode_images(models, examples, config, CPU)
+    [(latents, places)] = encode_images(models, [examples], config, CPU)
     assert len(latents) == len({example.size for example in examples}) == 2
     for example, own in zip(examples, places):
         assert len(own) == len(example.views) == 2

@@ -3,8 +3,6 @@
 import hashlib
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -25,22 +23,6 @@ from dbkit.files import (
     whole_file,
     write_text,
 )
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 64 kB."""
-    if not sys.platform.startswith("linux") or os.geteuid() != 0:
-        pytest.skip("a small disk can only be mounted as root on Linux")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "dbkit-test", folder]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this system does not let a small disk be mounted")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", folder], check=True)
 
 
 def test_a_whole_file_takes_the_place_of_the_old_one(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import dbkit
 from dbkit import DbkitError, TrainConfig
 from dbkit.cli import main
+from dbkit.encoding import FILE
 from dbkit.files import size
 from dbkit.memory import (
     AVERAGES,
@@ -24,9 +25,10 @@ from dbkit.memory import (
     step_peak,
 )
 from dbkit.models import load_models
-from dbkit.plan import cheapest_changes, out_of_memory_is_told, plan
+from dbkit.plan import _kept_latents, cheapest_changes, out_of_memory_is_told, plan
 from dbkit.settings import replace
 from dbkit.state import make_state
+from dbkit.tensor_files import open_tensors
 
 CPU = torch.device("cpu")
 PLACE = Place("cpu", torch.float32)
@@ -68,6 +70,19 @@ def test_the_disk_is_that_of_what_a_run_keeps(settings, tmp_path):
     model = sum(p.stat().st_size for p in (home / "model").rglob("*.safetensors"))
     assert at_home == pytest.approx(2 * state + 5 * model, rel=0.05)
     assert needed == pytest.approx(3 * state + 5 * model, rel=0.05)
+
+
+def test_the_latents_that_are_kept_take_what_is_reckoned(settings, prior, inpainting_model, tmp_path):
+    inpainting = {"pretrained_model_name_or_path": str(inpainting_model), "inpainting_masks": 3}
+    without = plan(**settings).disk[0][1]
+    for number, changes in enumerate(({**prior, "hflip": True}, {"augment_crop": 0.1}, inpainting)):
+        config = TrainConfig(**{**settings, **changes, "output_dir": tmp_path / f"run{number}", "max_train_steps": 1})
+        dbkit.train(config)
+        stored, _ = open_tensors(config.output_dir / FILE)
+        reckoned = _kept_latents(config, read_configs(config), 3)
+        assert reckoned == sum(tensor.nbytes for tensor in stored.values()) > 3 * 2 * 4 * 8 * 8 * 4
+    more = plan(**{**settings, "hflip": True}).disk[0][1] - without
+    assert more == 3 * 2 * 4 * 8 * 8 * 4
 
 
 def test_the_time_is_that_of_the_runs_own_log(settings):
