@@ -15,10 +15,10 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 
 
 def made_on() -> dict[str, Any]:
-    """The machine, which is its GPU where there is one, and the versions of Python and the libraries."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    """The machine, its GPU too where there is one, and the versions of Python and the libraries."""
+    gpu = [torch.cuda.get_device_name()] if torch.cuda.is_available() else []
     return {
-        "machine": gpu or f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        "machine": ", ".join([*gpu, platform.machine(), f"{os.cpu_count()} CPU cores"]),
         "versions": {"Python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
     }
 
