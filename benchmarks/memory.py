@@ -14,11 +14,12 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import figures
 
 TEXT, CHECKPOINTING, BATCH, LORA = (
     {"train_text_encoder": True},
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--only", default="", help="settings whose names have this text")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--json", type=Path, help="also write the figures there")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
@@ -175,13 +177,13 @@ def main() -> None:
             rows.append((name, estimated, measured, tensors))
             print(rows[-1], file=sys.stderr, flush=True)
     print_table(rows, on_cpu)
+    keys = ("settings", "estimate", "measured", "measured with free blocks given back")
+    figures.write(arguments.json, {"in bytes": [dict(zip(keys, row)) for row in rows]})
 
 
 def print_table(rows: list[tuple[str, dict, int, int]], on_cpu: bool) -> None:
     """All figures in MB (10^6 bytes)."""
-    import torch
-
-    print(f"Made by `{' '.join(['python', *sys.argv])}` on {platform.machine()}, torch {torch.__version__}, in MB.\n")
+    print(f"Made by `{' '.join(['python', *sys.argv])}`, in MB: {figures.in_words(figures.made_on())}.\n")
     # What the process takes beside tensors, by the first row alone.
     process = rows[0][3] - (rows[0][1]["peak"] - rows[0][1]["others"]) if on_cpu else 0
     titles = "settings | peak by `plan` | in | measured | ratio | tensors by `plan`"

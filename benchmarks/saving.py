@@ -12,15 +12,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
+
+import figures
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -98,19 +98,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         results = rounds(arguments.rounds, Path(place))
     ratio = median(result["ratio"] for result in results)
-    figures = {
-        "ratio": ratio,
-        "rounds": results,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-    }
-    print(f"\nMade by `python benchmarks/saving.py --rounds {arguments.rounds}` on {figures['machine']}.\n")
+    made_on = figures.in_words(figures.made_on())
+    print(f"\nMade by `python benchmarks/saving.py --rounds {arguments.rounds}`: {made_on}.\n")
     print("| round | seconds without saves | with | steps a second, with against without |\n| --: | --: | --: | --: |")
     for number, result in enumerate(results, 1):
         print(f"| {number} | {result['without']:.2f} | {result['with saves']:.2f} | {result['ratio']:.3f} |")
     print(f"| median | | | {ratio:.3f} |\n")
     print(f"A save copies {results[0]['bytes'] / 1e6:.0f} MB home, at {SPEED / 1e6:.0f} MB a second.")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+    figures.write(arguments.json, {"ratio": ratio, "rounds": results})
 
 
 if __name__ == "__main__":

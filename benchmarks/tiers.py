@@ -85,7 +85,7 @@ def rounding_to_the_nearest():
         in_backward.to_bf16 = exact
 
 
-def compare_losses(seeds: int, folder: Path) -> str:
+def compare_losses(seeds: int, folder: Path) -> dict[str, list[float]]:
     """How far each tier ends from fp32 training, in percent of what that takes off the loss."""
     base, off = fixed_loss(BASE), {}
     for seed in range(seeds):
@@ -98,12 +98,10 @@ def compare_losses(seeds: int, folder: Path) -> str:
                 made = _quietly(learn, tier, seed, folder / name)
             off.setdefault(name, []).append(100 * (fixed_loss(made) - fixed_loss(reference)) / taken)
             print(f"seed {seed}, {name}: {off[name][-1]:.2f} %", flush=True)
-    rows = ["| | off fp32, % of what it learns: mean | lowest | highest |", "| :-- | --: | --: | --: |"]
-    rows += [f"| {name} | {mean(v):.2f} | {min(v):.2f} | {max(v):.2f} |" for name, v in off.items()]
-    return "\n".join(rows)
+    return off
 
 
-def compare_fidelity(seeds: int, folder: Path) -> str:
+def compare_fidelity(seeds: int, folder: Path) -> dict[str, list[float]]:
     """The likeness to the subject that a longer training reaches in each tier."""
     found: dict[str, list[float]] = {}
     for name in ("fp32", "balanced", "tiny"):
@@ -112,7 +110,11 @@ def compare_fidelity(seeds: int, folder: Path) -> str:
             judged = _quietly(evaluate, made, seed=seed, num_per_prompt=2, sample_batch_size=16, device="cpu")
             found.setdefault(name, []).append(judged.model.subject_fidelity)
             print(f"seed {seed}, {name}: subject fidelity {found[name][-1]:.3f}", flush=True)
-    rows = ["| | subject fidelity: mean | lowest | highest |", "| :-- | --: | --: | --: |"]
+    return found
+
+
+def table(title: str, found: dict[str, list[float]]) -> str:
+    rows = [f"| | {title}: mean | lowest | highest |", "| :-- | --: | --: | --: |"]
     rows += [f"| {name} | {mean(v):.2f} | {min(v):.2f} | {max(v):.2f} |" for name, v in found.items()]
     return "\n".join(rows)
 
@@ -123,19 +125,26 @@ def _quietly(function, *arguments, **settings):
 
 
 def main() -> None:
+    import figures  # tests load this file from elsewhere
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/tiers.md"))
+    parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so small a model is fastest on one
     folder = Path(tempfile.mkdtemp(prefix="dbkit-tiers-"))
     losses, fidelity = compare_losses(args.seeds, folder), compare_fidelity(args.seeds, folder)
+    made_on = figures.in_words(figures.made_on())
     args.output.write_text(
-        f"# What the memory tiers learn\n\nMade by `python {shlex.join(sys.argv)}` with torch {torch.__version__}: "
-        f"tiny-sd, {embedded.SAMPLE}, {args.seeds} seeds. small computes what balanced does, bit for bit.\n\n"
-        f"Loss at fixed noise after {_said(SHORT)}, the U-Net alone:\n\n{losses}\n\n"
-        f"Subject fidelity after {_said(WHOLE)}, with the text encoder:\n\n{fidelity}\n"
+        f"# What the memory tiers learn\n\nMade by `python {shlex.join(sys.argv)}` with tiny-sd, "
+        f"{embedded.SAMPLE}, {args.seeds} seeds: {made_on}. small computes what balanced does, bit for bit.\n\n"
+        f"Loss at fixed noise after {_said(SHORT)}, the U-Net alone:\n\n"
+        f"{table('off fp32, % of what it learns', losses)}\n\n"
+        f"Subject fidelity after {_said(WHOLE)}, with the text encoder:\n\n"
+        f"{table('subject fidelity', fidelity)}\n"
     )
+    figures.write(args.json, {"percent off fp32": losses, "subject fidelity": fidelity})
 
 
 def _said(training: dict) -> str:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
-import os
-import platform
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
+import figures
 import torch
 from train_step import as_flags, figures_of, run
 
@@ -83,8 +81,9 @@ def fidelity(weights: Path, place: Path, seed: int) -> tuple[float, float]:
 
 def one_run(command: str, flags: list[str], place: Path, options, seed: int) -> dict:
     output = place / "output"
-    figures = figures_of(run(command, flags, place), on_gpu=False)
-    first, each = figures["first step"], figures["wall step"]
+    probed = run(command, flags, place)
+    timed = figures_of(probed, on_gpu=False)
+    first, each = timed["first step"], timed["wall step"]
     learnt, curve = None, {}
     for step in range(options.every, options.steps + 1, options.every):
         if weights := kept_weights(output, step):
@@ -93,7 +92,8 @@ def one_run(command: str, flags: list[str], place: Path, options, seed: int) -> 
                 learnt = step
                 break
     seconds = first + learnt * each if learnt else float("inf")
-    return {"first": first, "each": each, "steps": learnt, "seconds": seconds, "curve": curve}
+    times = {"first": first, "each": each, "steps": learnt, "seconds": seconds}
+    return {**times, "curve": curve, "versions": probed["versions"]}
 
 
 def main() -> None:
@@ -135,7 +135,7 @@ def main() -> None:
                     flags = as_flags(settings) + more[who]
                     found[who].append(one_run(commands[who], flags, Path(place), options, number))
                 print(f"round {number + 1}, {who}: {found[who][-1]}", file=sys.stderr, flush=True)
-    print(f"{options.rounds} rounds, a seed each, on {platform.machine()}, {os.cpu_count()} cores, one thread.\n")
+    print(f"{options.rounds} rounds, a seed each, one thread: {figures.in_words(figures.made_on())}.\n")
     print("| round | | s to first step | s a step | steps until learnt | s until learnt | dbkit is × as fast |")
     print("| --: | -- | --: | --: | --: | --: | --: |")
     ratios = [two["seconds"] / one["seconds"] for one, two in zip(found["dbkit"], found[peer])]
@@ -148,8 +148,7 @@ def main() -> None:
                 f"{each['seconds']:.1f} | {ratio} |"
             )
     print(f"| median | | | | | | {median(ratios):.2f} |")
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    figures.write(options.json, {"ratio": median(ratios), "rounds": found})
 
 
 if __name__ == "__main__":

@@ -43,23 +43,12 @@ USABLE = 0.9
 SCRATCH = {"lion": {"cuda": 4, "mps": 4, "cpu": 4}, "prodigy": {"cuda": 4}}
 TRAINED, FROZEN, STATE, AVERAGES = "trained weights", "frozen weights", "optimizer state", "averages (EMA)"
 GRADIENTS = "gradients"
-CACHE, SAVED = "cached latents and texts", "copies that are written"
+CACHE, SAVED = "cached latents and texts", "copies for what is written"
 OF_CUDA, OF_PROCESS = "CUDA, workspaces and fragments", "libraries and free blocks"
-# The settings on which the count of a step depends, beside model, sizes and arithmetic.
-_COUNTED = (
-    "train_batch_size",
-    "with_prior_preservation",
-    "train_text_encoder",
-    "recomputes_activations",
-    "memory",
-    "adapter",
-    "lora_rank",
-    "lora_modules",
-    "clip_skip",
-    "pad_tokens",
-    "loss_type",
-    "masked_loss",
-)
+# The settings on which counts depend, beside model, sizes and arithmetic: of what is trained, and of a step.
+_TRAINED = ("train_text_encoder", "memory", "adapter", "lora_rank", "lora_modules", "clip_skip")
+_STEP = ("train_batch_size", "with_prior_preservation", "recomputes_activations", "pad_tokens", "loss_type")
+_STEP += ("masked_loss",)
 # Stable Diffusion 1, for a model of which nothing is known.
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"cross_attention_dim": 768, "sample_size": 64},
@@ -134,18 +123,19 @@ def _from_hub(name: str, file: str, revision: str | None) -> dict[str, Any]:
 
 def sizes_of_parts(configs: Configs) -> dict[str, int]:
     """The number of parameters of each part."""
-    return _sizes(json.dumps(configs, sort_keys=True))
+    return {part: sum(sizes) for part, sizes in _sizes(json.dumps(configs, sort_keys=True)).items()}
 
 
 @functools.lru_cache
-def _sizes(configs: str) -> dict[str, int]:
+def _sizes(configs: str) -> dict[str, list[int]]:
+    """How many numbers each tensor of each part has."""
     models = _on_meta(configs, None)
-    return {part: sum(p.numel() for p in getattr(models, part).parameters()) for part in WEIGHTS}
+    return {part: [p.numel() for p in getattr(models, part).parameters()] for part in WEIGHTS}
 
 
 def trained_tensors(config: TrainConfig, configs: Configs, place: Place) -> list[torch.Tensor]:
     """What the optimizer will move, as tensors without contents."""
-    return _count_step(config, configs, place)[1]
+    return _count_at_rest(config, configs, place)[1]
 
 
 def device_peaks(config: TrainConfig, configs: Configs, place: Place, cached: int = 0, previews: int = 1) -> list[Peak]:
@@ -153,33 +143,52 @@ def device_peaks(config: TrainConfig, configs: Configs, place: Place, cached: in
 
     cached is what latents and texts take, previews how many pictures a preview makes.
     """
-    peaks = [step_peak(config, configs, place, cached), _encoding_peak(config, configs, place)]
+    return list(_phases(config, configs, place, cached, previews))
+
+
+def fits(limit: float, config: TrainConfig, configs: Configs, place: Place, cached: int = 0, previews: int = 1) -> bool:
+    """Whether every peak of device_peaks() is at most `limit` bytes. Nothing is counted once that is known."""
+    least = _step_peak([_least(config, configs, place)], config, configs, place, cached)
+    phases = _phases(config, configs, place, cached, previews)
+    return least.total <= limit and all(peak.total <= limit for peak in phases)
+
+
+def _phases(config: TrainConfig, configs: Configs, place: Place, cached: int, previews: int) -> Iterator[Peak]:
+    yield step_peak(config, configs, place, cached)
+    yield _encoding_peak(config, configs, place)
     if config.auto_test_model:
         batch = min(config.sample_batch_size, previews)
         held = {**_kept(config, configs, place), CACHE: cached}
-        peaks.append(_sampling_peak("previews", config, configs, place, batch, held))
+        yield _sampling_peak("previews", config, configs, place, batch, held)
     if config.with_prior_preservation:
         batch = min(config.sample_batch_size, config.num_class_images)
-        peaks.append(_sampling_peak("class images", config, configs, place, batch, None))
+        yield _sampling_peak("class images", config, configs, place, batch, None)
     if place.kind == "cpu":
-        peaks += process_peaks(config, configs, place, cached)
-    return peaks
+        yield from process_peaks(config, configs, place, cached)
 
 
 def step_peak(config: TrainConfig, configs: Configs, place: Place, cached: int = 0) -> Peak:
     """What an optimizer step holds at its peak, from the second one on: the first makes the optimizer's state."""
-    moments, trained = _count_step(config, configs, place)
-    kept = _kept(config, configs, place)
-    at_rest = {kind: moments[-1].get(kind, 0) for kind in (TRAINED, FROZEN)}
+    moments = _count_step(config, configs, place, config.gradient_accumulation_steps != 1)
+    return _step_peak([*moments, _least(config, configs, place)], config, configs, place, cached)
+
+
+def _step_peak(moments: list[dict[str, int]], config: TrainConfig, configs: Configs, place: Place, cached: int) -> Peak:
+    """The highest of a step's moments with what is there from step to step."""
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    return _peak("a training step", {**most, **_kept(config, configs, place), CACHE: cached}, configs, place, most)
+
+
+def _least(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
+    """What a step holds while the optimizer steps, which is known without any pass."""
+    at_rest, trained = _count_at_rest(config, configs, place)
+    if config.memory == "tiny":  # block by block inside the backward pass
+        return at_rest
     count = sum(parameter.numel() for parameter in trained)
     scratch = SCRATCH.get(config.chosen_optimizer, {}).get(place.kind, 0) * count
     if config.chosen_optimizer == "adafactor":  # one tensor after the other, with its squares and its update
         scratch = 12 * max(parameter.numel() for parameter in trained)
-    stepping = {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
-    if config.memory == "tiny":  # block by block inside the backward pass
-        stepping = {}
-    most = max((*moments, stepping), key=lambda parts: sum(parts.values()))
-    return _peak("a training step", {**most, **kept, CACHE: cached}, configs, place, most)
+    return {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
 
 
 def _kept(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
@@ -211,14 +220,19 @@ def process_peaks(config: TrainConfig, configs: Configs, place: Place, cached: i
     """What the process takes in RAM while it loads the model and while it saves, in fp32 and with its libraries."""
     parts = sizes_of_parts(configs)
     everything = 4 * sum(parts.values())
-    count = sum(parameter.numel() for parameter in trained_tensors(config, configs, place))
-    lora = config.adapter == "lora"
-    largest = count if lora else max(parts.values())
+    trained = trained_tensors(config, configs, place)
+    count = sum(parameter.numel() for parameter in trained)
+    lora, on_cpu = config.adapter == "lora", place.kind == "cpu"
     each = 4 if config.save_precision == "fp32" else 2
-    on_cpu = place.kind == "cpu"
-    # Usable weights are cast, written and read back, one part at a time; the state's are copied from a GPU.
-    copies = [largest * each * (1 if on_cpu and each == 4 else 2), 0 if on_cpu else 4 * min(count, largest)]
-    copies.append(2 * count if config.resume_state == "small" else 0)
+    # Of each file that is written one tensor at a time is copied: what is cast, and what comes from a GPU.
+    one = max(trained, key=lambda parameter: parameter.numel())
+    largest = {part: max(sizes) for part, sizes in _sizes(json.dumps(configs, sort_keys=True)).items()}
+    usable = one.numel() if lora else sum(largest.values())
+    state = one.numel() if lora else largest["unet"] + largest["text_encoder"] * config.train_text_encoder
+    copies = [0 if on_cpu and each == 4 else each * usable]
+    copies.append(0 if on_cpu else 4 * state + state_bytes(config.chosen_optimizer, [one]))
+    if config.resume_state == "small":  # all moments, before the first is written
+        copies[-1] += 2 * count
     moved = 0 if on_cpu else 4 * (parts["unet"] + parts["text_encoder"] * config.train_text_encoder)
     kept = {**_kept(config, configs, place), CACHE: cached} if on_cpu else {}
     weights = {TRAINED: 4 * count * on_cpu, FROZEN: everything - moved - (0 if lora else 4 * count * on_cpu)}
@@ -272,20 +286,23 @@ def _on_meta(configs: str, clip_skip: int | None) -> Models:
     return Models(None, text_encoder, vae, unet, None, {})
 
 
-def _once(count: Callable) -> Callable:
-    """Keep what was counted, by the settings that it depends on."""
-    known: dict[tuple, Any] = {}
+def _once(*names: str) -> Callable[[Callable], Callable]:
+    """Keep what a function counts, by the settings of these names, which are all that it depends on."""
 
-    @functools.wraps(count)
-    def counted(config: TrainConfig, configs: Configs, place: Place, *others: Any) -> Any:
-        settings = [getattr(config, name) for name in _COUNTED]
-        sums = config.gradient_accumulation_steps != 1
-        key = (json.dumps(configs, sort_keys=True), place, others, *settings, sums, largest_size(config))
-        if key not in known:
-            known[key] = count(config, configs, place, *others)
-        return known[key]
+    def keeping(count: Callable) -> Callable:
+        known: dict[tuple, Any] = {}
 
-    return counted
+        @functools.wraps(count)
+        def counted(config: TrainConfig, configs: Configs, place: Place, *others: Any) -> Any:
+            settings = [getattr(config, name) for name in names]
+            key = (json.dumps(configs, sort_keys=True), place, others, *settings, largest_size(config))
+            if key not in known:
+                known[key] = count(config, configs, place, *others)
+            return known[key]
+
+        return counted
+
+    return keeping
 
 
 def largest_size(config: TrainConfig) -> Size:
@@ -306,16 +323,31 @@ def _counting(models: Models, parts: list[str], place: Place) -> Iterator[tuple[
         yield ledger, arithmetic
 
 
-@_once
-def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[list[dict[str, int]], list[torch.Tensor]]:
-    """What is held at the peaks of the forward and of the backward pass, and what is trained."""
+def _trained_on_meta(config: TrainConfig, configs: Configs) -> tuple[Models, list[str], list[torch.nn.Parameter]]:
+    """The modules as a training has them: which of them a step reads, and what the optimizer moves."""
     import torch
 
     models = _on_meta(json.dumps(configs, sort_keys=True), config.clip_skip)
     with quiet(), torch.device("meta"):
         trained = train_parts(config, models, torch.device("meta"))
     parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
-    parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    return models, ["unet", "text_encoder"] if config.train_text_encoder else ["unet"], parameters
+
+
+@_once(*_TRAINED)
+def _count_at_rest(config: TrainConfig, configs: Configs, place: Place) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """What the weights take between two steps, and what is trained."""
+    models, parts, parameters = _trained_on_meta(config, configs)
+    with _counting(models, parts, place) as (ledger, _):
+        return ledger.next_moment(), parameters
+
+
+@_once(*_TRAINED, *_STEP)
+def _count_step(config: TrainConfig, configs: Configs, place: Place, sums: bool) -> list[dict[str, int]]:
+    """What is held at the peaks of the forward and of the backward pass. sums: gradients are there before it."""
+    import torch
+
+    models, parts, parameters = _trained_on_meta(config, configs)
 
     def take(parameter: torch.nn.Parameter) -> None:
         ledger.book(parameter.grad, GRADIENTS)
@@ -325,7 +357,7 @@ def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[li
     with _counting(models, parts, place) as (ledger, arithmetic):
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(take)
-            if config.gradient_accumulation_steps != 1:
+            if sums:
                 parameter.grad = torch.empty_like(parameter)
                 ledger.book(parameter.grad, GRADIENTS)
         ledger.next_moment()
@@ -333,9 +365,7 @@ def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[li
         forward = ledger.next_moment()
         run_backward(loss)
         backward = ledger.next_moment()
-    for parameter in parameters:
-        parameter.grad = None
-    return [forward, backward], parameters
+    return [forward, backward]
 
 
 def _forward(config: TrainConfig, models: Models, size: Size, arithmetic: Any) -> torch.Tensor:
@@ -367,7 +397,7 @@ def _latent_shape(models: Models, size: Size) -> tuple[int, int, int]:
     return models.vae.config.latent_channels, size[1] // factor, size[0] // factor
 
 
-@_once
+@_once()
 def _count_encoding(config: TrainConfig, configs: Configs, place: Place, pictures: int, size: Size) -> dict[str, int]:
     """What the VAE holds, itself among it, while it encodes so many pictures at once, in fp32."""
     import torch
@@ -378,11 +408,23 @@ def _count_encoding(config: TrainConfig, configs: Configs, place: Place, picture
         return ledger.next_moment()
 
 
-@_once
+@_once(*_TRAINED)
+def _count_previews(config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool) -> dict[str, int]:
+    """What sampling so many pictures by the live modules holds."""
+    return _count_sampling(config, configs, place, batch, guided, live=True)
+
+
+@_once("clip_skip")
+def _count_class_images(
+    config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool
+) -> dict[str, int]:
+    """What sampling so many pictures by a model that is only sampled holds."""
+    return _count_sampling(config, configs, place, batch, guided, live=False)
+
+
 def _count_sampling(
     config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool, live: bool
 ) -> dict[str, int]:
-    """What sampling so many pictures holds: of the live modules, or of a model that is only sampled."""
     import torch
 
     models = _on_meta(json.dumps(configs, sort_keys=True), config.clip_skip)
@@ -423,7 +465,8 @@ def _sampling_peak(
     phase: str, config: TrainConfig, configs: Configs, place: Place, batch: int, held: dict[str, int] | None
 ) -> Peak:
     live = held is not None
-    counted = _count_sampling(config, configs, place, batch, config.guidance_scale > 1, live)
+    count = _count_previews if live else _count_class_images
+    counted = count(config, configs, place, batch, config.guidance_scale > 1)
     if live or place.kind == "cuda":
         return _peak(phase, {**counted, **(held or {})}, configs, place, counted)
     # Class images are made before the model is loaded for training.

@@ -29,7 +29,7 @@ torch.set_num_threads(1)
 
 # Files of few and long tests. They begin first, so that no process ends up alone with one of them.
 LONG = ["learning", "processes", "pipeline", "notebooks", "keeper", "train", "every_setting", "kill", "demo"]
-LONG += ["downloads", "convert_check", "hub", "objectives"]
+LONG += ["downloads", "convert_check", "hub", "objectives", "synchronisations"]
 
 
 def pytest_collection_modifyitems(items):

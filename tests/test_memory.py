@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from dbkit.memory import (
     OF_CUDA,
     OF_PROCESS,
     PROCESS_BYTES,
+    SAVED,
     STATE,
     TRAINED,
     Place,
     device_peaks,
+    fits,
     process_peaks,
     read_configs,
     sizes_of_parts,
@@ -189,18 +192,54 @@ def test_phases_that_a_run_does_not_have_are_not_counted(settings, prior):
     assert phases(auto_test_model=True, **prior)[2:] == ["previews", "class images"]
 
 
+@pytest.mark.parametrize("place", [CPU, HALF])
+def test_what_fits_is_what_no_phase_exceeds(settings, prior, place):
+    config = TrainConfig(**{**settings, **prior, "auto_test_model": True})
+    configs = read_configs(config)
+    most = max(peak.total for peak in device_peaks(config, configs, place))
+    assert fits(most, config, configs, place) and not fits(most - 1, config, configs, place)
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "tiny"}, {"adapter": "lora", "lora_rank": 2}])
+def test_where_weights_and_optimizer_alone_do_not_fit_no_pass_is_counted(settings, changes, monkeypatch):
+    config = TrainConfig(**{**settings, "resolution": 96, "clip_skip": 2, **changes})
+    configs = read_configs(config)
+
+    def forbidden(*values):
+        raise AssertionError("a pass was counted")
+
+    monkeypatch.setattr(sys.modules["dbkit.memory"], "_forward", forbidden)
+    assert not fits(CUDA_BYTES, config, configs, GPU)
+    with pytest.raises(AssertionError, match="a pass was counted"):
+        fits(1e12, config, configs, GPU)
+
+
 def test_more_previews_at_once_take_more(settings):
     config = TrainConfig(**{**settings, "auto_test_model": True, "resolution": 256})
     one, four = (device_peaks(config, read_configs(config), HALF, previews=n)[2].total for n in (1, 4))
     assert one < four
 
 
-def test_saving_takes_the_copies_that_are_written(settings, parameters):
-    config = TrainConfig(**{**settings, "save_precision": "fp16"})
-    load, save = process_peaks(config, read_configs(config), GPU)
-    assert load.total == 4 * sum(parameters.values()) + PROCESS_BYTES
-    frozen = 4 * (parameters["vae"] + parameters["text_encoder"])
-    assert save.total == frozen + 4 * parameters["unet"] + PROCESS_BYTES
+def test_saving_takes_a_copy_of_one_tensor_for_each_file(settings, model, parameters):
+    loaded = load_models(model)
+    parts = {part: getattr(loaded, part) for part in ("unet", "text_encoder", "vae")}
+    largest = {part: max(p.numel() for p in module.parameters()) for part, module in parts.items()}
+
+    def copies(place, **changes):
+        config = TrainConfig(**{**settings, **changes})
+        load, save = process_peaks(config, read_configs(config), place)
+        assert load.total == 4 * sum(parameters.values()) + PROCESS_BYTES
+        kept = sum(save.parts.get(kind, 0) for kind in (TRAINED, FROZEN, STATE, OF_PROCESS))
+        assert save.total == kept + save.parts.get(SAVED, 0)
+        return save.parts.get(SAVED, 0)
+
+    # From a GPU: the usable weights of three files, or those of the U-Net with both moments.
+    assert copies(GPU, save_precision="fp16") == max(2 * sum(largest.values()), 12 * largest["unet"])
+    assert copies(GPU, train_text_encoder=True) >= 4 * sum(largest.values())
+    assert copies(GPU, resume_state="small") == 12 * largest["unet"] + 2 * parameters["unet"]
+    # What lies in RAM anyway is copied where it is cast.
+    assert copies(CPU, save_precision="fp16") == 2 * sum(largest.values())
+    assert copies(CPU, save_precision="fp32") == 0
 
 
 def test_a_model_of_the_hub_that_is_not_here_is_said(settings):
