@@ -390,7 +390,7 @@ def _fetch(local: Path, state: Path, home: Path) -> None:
     require_space(local, total, "the saved state")
     with full_disk_is_a_sentence(local), tqdm(desc=f"bringing {state.name}", total=total, unit="B") as bar:
         try:
-            for name in ("settings.yaml", "log.jsonl", "wandb_id.txt"):
+            for name in ("settings.yaml", "log.jsonl", "figures.jsonl", "wandb_id.txt"):
                 if (home / name).is_file():
                     copy_loose(home / name, local / name, _ignore, _ignore)
             copy_committed(state, target, bar.update, _ignore)
