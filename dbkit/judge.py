@@ -70,15 +70,15 @@ class Judge:
         for _, prompt, paths in shown:
             pictures = [read_image(path) for path in paths]
             concepts = [n for n, concept in enumerate(self.plan.concepts) if prompt == concept.class_prompt]
-            likeness = float((dino(pictures) @ self._subject(concepts or self._named(prompt)).T).mean())
-            if concepts:
-                found.setdefault("class_leak", []).append(likeness)
-                continue
-            text = prompt
-            for concept in self.plan.concepts:
-                text = without_identifier(text, concept.instance_prompt, concept.class_prompt)
-            found.setdefault("subject_fidelity", []).append(likeness)
-            found.setdefault("prompt_fidelity", []).append(float((clip(pictures) @ clip.texts([text]).T).mean()))
+            named = concepts or self._named(prompt)
+            if named:
+                likeness = float((dino(pictures) @ self._subject(named).T).mean())
+                found.setdefault("class_leak" if concepts else "subject_fidelity", []).append(likeness)
+            if not concepts:
+                text = prompt
+                for concept in self.plan.concepts:
+                    text = without_identifier(text, concept.instance_prompt, concept.class_prompt)
+                found.setdefault("prompt_fidelity", []).append(float((clip(pictures) @ clip.texts([text]).T).mean()))
         return {name: mean(values) for name, values in found.items()}
 
     def _pictures(self, step: int, row: int, prompt: str) -> list[Path]:
@@ -87,10 +87,12 @@ class Judge:
         return [single_picture(grid, row, prompt, seed, self.config.guidance_scale) for seed in seeds]
 
     def _named(self, prompt: str) -> list[int]:
-        """The concepts that a prompt is of: those whose instance prompt is in it, else all."""
-        concepts = list(enumerate(self.plan.concepts))
-        named = [n for n, concept in concepts if concept.instance_prompt and concept.instance_prompt in prompt]
-        return named or [n for n, _ in concepts]
+        """The concepts that a prompt is of: by the words that only their instance prompts have, or by none of them."""
+        found = []
+        for number, concept in enumerate(self.plan.concepts):
+            own = set((concept.instance_prompt or "").split()) - set((concept.class_prompt or "").split())
+            found += [number] if own <= set(prompt.split()) else []
+        return found
 
     def _subject(self, concepts: list[int]) -> torch.Tensor:
         """Features of the photographs of some concepts, (N, D)."""
@@ -112,7 +114,10 @@ class Judge:
             clip, dino = judges_of(self.config.pretrained_model_name_or_path)
             try:
                 self.judges = Clip(clip, torch.device("cpu")), Dino(dino, torch.device("cpu"))
-            except (DbkitError, OSError) as error:
+            except (DbkitError, OSError):
                 self.blind = True
-                print(f"previews are not judged, and steps are compared by the validation loss alone: {error}")
+                print(
+                    f"previews are not judged, since {clip} or {dino} cannot be loaded; steps are compared by the loss "
+                    "at fixed noise alone"
+                )
         return self.judges is not None

@@ -57,6 +57,11 @@ class Place:
         return next((state for state in reversed(self.states) if not state.fault), None)
 
     @property
+    def usable(self) -> list[Saved]:
+        """The checkpoints and the finished model that are whole."""
+        return [saved for saved in (*self.checkpoints, self.model) if saved and not saved.fault]
+
+    @property
     def damaged(self) -> list[Saved]:
         """What was saved and cannot be used."""
         return [saved for saved in (*self.states, *self.checkpoints, self.model) if saved and saved.fault]

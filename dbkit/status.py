@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbkit import run_folder
+from dbkit.best_step import Recommendation, recommend
+from dbkit.charts import chart, sparkline
 from dbkit.config import StatusConfig
 from dbkit.files import is_locked, size
 from dbkit.images import as_html
 from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
-
-_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class RunStatus:
     home is where the run's commits are kept; local is the folder of this machine where a training works that copies
     them there, None where home is the only place. step and total are optimizer steps; total is None where the files do
     not say it, at_work where this system cannot tell. losses are (step, loss) by the log, log_age is in seconds.
-    verified: SHA-256 were compared, not sizes alone.
+    verified: SHA-256 were compared, not sizes alone. recommended is the step to use among those that are saved, by what
+    was measured while it trained, if anything was.
     """
 
     home: Place
@@ -39,6 +40,7 @@ class RunStatus:
     mirror: Mirror | None
     newest_preview: Path | None
     verified: bool
+    recommended: Recommendation | None = None
 
     @property
     def place(self) -> Place:
@@ -76,7 +78,7 @@ class RunStatus:
         for title, text in self._rows():
             lines.append(f"  {title}: {text}")
             if title == "loss":
-                lines.append(f"  {_sparkline(self.losses)} steps {self.losses[0][0]} to {self.losses[-1][0]}")
+                lines.append(f"  {sparkline(self.losses)} steps {self.losses[0][0]} to {self.losses[-1][0]}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -86,7 +88,8 @@ class RunStatus:
             for title, text in self._rows()
         )
         picture = as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
-        return f"<p><b>{html.escape(self._head())}</b></p>{_curve(self.losses)}<table>{rows}</table>{picture}"
+        curve = chart(self.losses, "loss", recent=run_folder.RECENT)
+        return f"<p><b>{html.escape(self._head())}</b></p>{curve}<table>{rows}</table>{picture}"
 
     def _head(self) -> str:
         share = f" of {self.total} ({self.step / self.total:.0%})" if self.total else ""
@@ -114,6 +117,8 @@ class RunStatus:
             yield from self._saved_rows(self.home, " at home")
         if self.mirror:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
+        if self.recommended:
+            yield "recommended", f"step {self.recommended.step}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)
 
@@ -162,7 +167,13 @@ def status(config: StatusConfig) -> RunStatus:
         mirror=run_folder.read_mirror(folders[0]),
         newest_preview=next((path for folder in folders if (path := run_folder.newest_preview(folder))), None),
         verified=config.verify,
+        recommended=_recommended(folders, places),
     )
+
+
+def _recommended(folders: list[Path], places: list[Place]) -> Recommendation | None:
+    measured = next((lines for folder in folders if (lines := run_folder.read_lines(folder, run_folder.FIGURES))), [])
+    return recommend(measured, {saved.step for place in places for saved in place.usable})
 
 
 def _speed(logged: list[dict]) -> float | None:
@@ -194,53 +205,3 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes // (24 * 60)} days"
-
-
-def _means(losses: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    """At most that many points of a curve, each the mean of its share of neighbours, at the last one's step."""
-    count = min(most, len(losses))
-    shares = (losses[len(losses) * i // count : len(losses) * (i + 1) // count] for i in range(count))
-    return [(share[-1][0], sum(loss for _, loss in share) / len(share)) for share in shares]
-
-
-def _sparkline(losses: list[tuple[int, float]], width: int = 32) -> str:
-    means = [loss for _, loss in _means(losses, width)]
-    low, span = min(means), max(means) - min(means)
-    return "".join(_BLOCKS[round((loss - low) / span * 7) if span else 0] for loss in means)
-
-
-def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120) -> str:
-    """The loss by step as an SVG picture, pale, and over it the mean of the last points, which shows where it goes.
-
-    Words and axes take the colour of the text around the picture, so that it suits light and dark pages.
-    """
-    if len(losses) < 2:
-        return ""
-    points = _means(losses, 120)
-    first, last = points[0][0], points[-1][0]
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    left, top, right, bottom = 56, 10, width - 10, height - 22
-    steps, span = (last - first) or 1, (high - low) or 1
-    lines = ""
-    for width_of_mean, opacity in ((1, 0.35), (run_folder.RECENT, 1)):
-        # The loss of one step is mostly that of its random timesteps.
-        recent = [[loss for _, loss in points[max(0, i + 1 - width_of_mean) : i + 1]] for i in range(len(points))]
-        places = " ".join(
-            f"{left + (step - first) / steps * (right - left):.1f},"
-            f"{bottom - (sum(losses) / len(losses) - low) / span * (bottom - top):.1f}"
-            for (step, _), losses in zip(points, recent)
-        )
-        lines += f'<polyline points="{places}" fill="none" stroke="#3b82f6" stroke-width="2" opacity="{opacity}"/>'
-    labels = (
-        (left - 6, top + 4, "end", f"{high:.3g}"),
-        (left - 6, bottom + 4, "end", f"{low:.3g}"),
-        (left, height - 6, "start", f"step {first}"),
-        (right, height - 6, "end", f"step {last}"),
-    )
-    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in labels)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="loss from step {first} to {last}" style="max-width:100%;display:block">'
-        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity="0.35"/>'
-        f'{lines}<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
-    )
