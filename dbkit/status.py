@@ -6,6 +6,7 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbkit import run_folder
 from dbkit.best_step import Recommendation, recommend
@@ -25,7 +26,8 @@ class RunStatus:
     them there, None where home is the only place. step and total are optimizer steps; total is None where the files do
     not say it, at_work where this system cannot tell. losses are (step, loss) by the log, log_age is in seconds.
     verified: SHA-256 were compared, not sizes alone. recommended is the step to use among those that are saved, by what
-    was measured while it trained, if anything was.
+    was measured while it trained, if anything was. images_per_second, learning_rate and gpu_memory (the most bytes that
+    tensors took on a GPU) are as of the last line of the log.
     """
 
     home: Place
@@ -41,6 +43,9 @@ class RunStatus:
     newest_preview: Path | None
     verified: bool
     recommended: Recommendation | None = None
+    images_per_second: float | None = None
+    learning_rate: float | None = None
+    gpu_memory: int | None = None
 
     @property
     def place(self) -> Place:
@@ -74,7 +79,7 @@ class RunStatus:
         return max(0, self.step - max(safe, default=0))
 
     def __str__(self) -> str:
-        lines = [self._head()]
+        lines = [self.head()]
         for title, text in self._rows():
             lines.append(f"  {title}: {text}")
             if title == "loss":
@@ -82,16 +87,27 @@ class RunStatus:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        return self.as_table() + self.as_picture()
+
+    def as_picture(self) -> str:
+        """The newest preview for a notebook."""
+        return as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
+
+    def as_table(self) -> str:
+        """All but the preview for a notebook, in a few kB."""
         left = "style='text-align:left'"  # JupyterLab sets tables to the right, as numbers are
         rows = "".join(
             f"<tr><td {left}>{html.escape(title)}</td><td {left}>{html.escape(text)}</td></tr>"
             for title, text in self._rows()
         )
-        picture = as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
         curve = chart(self.losses, "loss", recent=run_folder.RECENT)
-        return f"<p><b>{html.escape(self._head())}</b></p>{curve}<table>{rows}</table>{picture}"
+        bar = (
+            f"<progress value='{self.step}' max='{self.total}'></progress> " if self.total and not self.finished else ""
+        )
+        return f"<p>{bar}<b>{html.escape(self.head())}</b></p>{curve}<table>{rows}</table>"
 
-    def _head(self) -> str:
+    def head(self) -> str:
+        """How far it is, as one line."""
         share = f" of {self.total} ({self.step / self.total:.0%})" if self.total else ""
         work = {True: "a process is at work", False: "no process here is at work", None: "at work or not: unknown here"}
         state = "finished" if self.finished and not self.at_work else work[self.at_work]
@@ -104,7 +120,12 @@ class RunStatus:
             yield "loss", f"{self.loss:.4f}, the mean of the last {min(run_folder.RECENT, len(self.losses))} in the log"
         if self.seconds_per_step is not None:
             left = f", about {duration(self.seconds_left)} of training left" if self.seconds_left else ""
-            yield "speed", f"{self.seconds_per_step:.3g} s a step{left}"
+            images = f", {self.images_per_second:.3g} images a second" if self.images_per_second else ""
+            yield "speed", f"{self.seconds_per_step:.3g} s a step{images}{left}"
+        if self.learning_rate is not None:
+            yield "learning rate", f"{self.learning_rate:.3g}"
+        if self.gpu_memory:
+            yield "GPU memory", f"{size(self.gpu_memory)} at most"
         if self.log_age is not None:
             yield "log written", f"{duration(self.log_age)} ago"
         yield from self._saved_rows(self.place)
@@ -161,8 +182,7 @@ def status(config: StatusConfig) -> RunStatus:
         total=total and max(total, step),
         finished=max(whole, default=-1) >= (total or step),
         at_work=True if True in locks else None if None in locks else False,
-        losses=[(line["step"], line["loss"]) for line in logged if run_folder.finite(line.get("loss"))],
-        seconds_per_step=_speed(logged),
+        **_logged(logged),
         log_age=next((age for folder in folders if (age := run_folder.log_age(folder)) is not None), None),
         mirror=run_folder.read_mirror(folders[0]),
         newest_preview=next((path for folder in folders if (path := run_folder.newest_preview(folder))), None),
@@ -174,6 +194,53 @@ def status(config: StatusConfig) -> RunStatus:
 def _recommended(folders: list[Path], places: list[Place]) -> Recommendation | None:
     measured = next((lines for folder in folders if (lines := run_folder.read_lines(folder, run_folder.FIGURES))), [])
     return recommend(measured, {saved.step for place in places for saved in place.usable})
+
+
+def status_at_work(run: Path, home: Path, step: int, total: int) -> RunStatus:
+    """The same for who trains, at a step, from the folder where the run works alone.
+
+    What is at its home is as the mirror says, so that a Drive that hangs holds nobody up.
+    """
+    place, mirror = run_folder.read_place(run, verify=False), run_folder.read_mirror(run) if run != home else None
+    return RunStatus(
+        home=_arrived(place, home, mirror) if run != home else place,
+        local=place if run != home else None,
+        step=step,
+        total=total,
+        finished=False,
+        at_work=True,
+        **_logged(run_folder.read_lines(run)),
+        log_age=run_folder.log_age(run),
+        mirror=mirror,
+        newest_preview=run_folder.newest_preview(run),
+        verified=False,
+        recommended=_recommended([run], [place]),
+    )
+
+
+def _arrived(place: Place, home: Path, mirror: Mirror | None) -> Place:
+    """A run's home as the mirror knows it: what its local folder holds, without what is being copied or waits."""
+    if mirror is None:
+        return Place(home, [], [], None, "nothing was copied yet")
+    missing = {*mirror.waiting, *(mirror.copying or ())[:1]}
+    there = [
+        [s for s in saved if f"{s.folder.parent.name}/{s.folder.name}" not in missing]
+        for saved in (place.states, place.checkpoints)
+    ]
+    return Place(home, *there, None if "model" in missing else place.model)
+
+
+def _logged(lines: list[dict]) -> dict[str, Any]:
+    """What the lines of a log say, as fields of RunStatus."""
+    last, seconds = lines[-1] if lines else {}, _speed(lines)
+    images, rate, memory = (last.get(name) for name in ("images", "learning_rate", "gpu_memory"))
+    return {
+        "losses": [(line["step"], line["loss"]) for line in lines if run_folder.finite(line.get("loss"))],
+        "seconds_per_step": seconds,
+        "images_per_second": images / seconds if isinstance(images, int) and seconds else None,
+        "learning_rate": rate if run_folder.finite(rate) else None,
+        "gpu_memory": memory if isinstance(memory, int) else None,
+    }
 
 
 def _speed(logged: list[dict]) -> float | None:

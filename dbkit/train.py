@@ -43,6 +43,7 @@ from dbkit.state import State, make_state, read_state, rest_text_encoder
 from dbkit.text import encode_prompts, own_tokens, tokenize
 from dbkit.trackers import make_tracker
 from dbkit.train_config import TrainConfig
+from dbkit.watch import screen_of
 from dbkit.workspace import default_folder, working_folder
 
 if TYPE_CHECKING:
@@ -103,7 +104,8 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
-    log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
+    tracker, screen = make_tracker(config, run, done), screen_of(run, home, total)
+    log = Log(run, done, total, config.log_interval, tracker, plan.order.per_step, screen)
     with keeper, stop_requests() as stop, out_of_memory_is_told(config, state, device):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)

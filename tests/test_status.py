@@ -106,7 +106,8 @@ def test_a_finished_run_in_words(trained):
     assert shown.loss == pytest.approx(sum(logged) / 4)
     lines = lines_of(shown)
     assert re.fullmatch(r"  [▁▂▃▄▅▆▇█]{4} steps 1 to 4", lines.pop(3))
-    assert re.fullmatch(r"  speed: \S+ s a step", lines.pop(3))
+    assert re.fullmatch(r"  speed: \S+ s a step, \S+ images a second", lines.pop(3))
+    assert lines.pop(3) == "  learning rate: 0.0001"
     assert lines == [
         "dog: step 4 of 4 (100%), finished",
         f"  folder: {trained}",
