@@ -35,7 +35,7 @@ class Recommendation:
 
 
 def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommendation | None:
-    """The best of some steps by the lines of a figures.jsonl; None where step 0 or two of them were not measured.
+    """The best of some steps by the lines of a figures.jsonl; None where step 0 or none of them was measured.
 
     A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
     photographs, the loss in likeness of the class's previews to them. The earliest step that is worth SHARE of the
@@ -46,7 +46,7 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     base = lines.get(0, {})
     gained, lost = _JUDGED if finite(base.get(_JUDGED[0][0])) else _UNJUDGED
     usable = sorted(step for step in among if step and finite(lines.get(step, {}).get(gained[0])))
-    if len(usable) < 2 or not finite(base.get(gained[0])):
+    if not usable or not finite(base.get(gained[0])):
         return None
     worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in usable}
     best = max(worth.values())

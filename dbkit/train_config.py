@@ -500,7 +500,10 @@ class TrainConfig(Settings):
         advanced=True,
     )
     checkpoints_total_limit: int = setting(
-        3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
+        3,
+        "how many checkpoints of usable weights are kept; the oldest go first, but for the one that judge_steps recommends",
+        min=1,
+        advanced=True,
     )
     save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True

@@ -13,6 +13,8 @@ from dbkit.judge import Judge
 from dbkit.log import read_log
 from dbkit.models import read_weights
 
+MEASURED = {"judge_steps": True, "save_model_every_n_steps": 1}
+
 
 def run_embedded(folder, class_images, **changes):
     """Four steps on the sample poodle with two class images, saved at the second; returns the run's folder."""
@@ -64,21 +66,21 @@ def test_a_training_that_is_not_measured_is_the_same(judged, tmp_path):
 
 
 def test_without_previews_or_judges_the_loss_is_measured_and_that_is_said_once(settings, tmp_path, capsys):
-    train(**settings, save_model_every_n_steps=1)
+    train(**settings | MEASURED)
     names = [line.keys() for line in read_log(tmp_path / "run" / "figures.jsonl")]
     assert names == [{"step", "validation_loss"}] * 3
     assert "not judged" not in capsys.readouterr().out
-    train(**{**settings, "auto_test_model": True, "output_dir": tmp_path / "other"}, save_model_every_n_steps=1)
+    train(**settings | MEASURED | {"auto_test_model": True, "output_dir": tmp_path / "other"})
     assert capsys.readouterr().out.count("previews are not judged, since openai/clip-vit-base-patch32 or ") == 1
     assert read_log(tmp_path / "other" / "figures.jsonl") == read_log(tmp_path / "run" / "figures.jsonl")
 
 
 def test_a_run_that_goes_on_keeps_the_figures_of_the_steps_it_has_and_measures_the_others_again(settings, tmp_path):
-    train(**settings, save_model_every_n_steps=1)
+    train(**settings | MEASURED)
     path = tmp_path / "run" / "figures.jsonl"
     whole = path.read_text().splitlines()
     path.write_text("\n".join([*whole, '{"step": 9, "validation_loss": 1.0}', '{"step": 3, "vali']))
-    train(**{**settings, "max_train_steps": 3}, save_model_every_n_steps=1)
+    train(**settings | MEASURED | {"max_train_steps": 3})
     lines = path.read_text().splitlines()
     assert lines[:3] == whole and [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
 

@@ -50,6 +50,7 @@ def case(settings, smaller_model, photos, tmp_path) -> dict:
         "save_every_n_minutes": 0.01,
         "checkpoints_total_limit": 2,
         "auto_test_model": True,
+        "judge_steps": True,
         "log_interval": 1,
         "local_dir": tmp_path / "local",
     }

@@ -18,7 +18,12 @@ from dbkit.lora_files import read_lora
 def workspace(settings):
     """A workspace with a run that saved steps 1 and 2, with previews, and ended."""
     opened = open_workspace()
-    run = {"output_dir": opened.path / "runs" / "thing", "auto_test_model": True, "save_model_every_n_steps": 1}
+    run = {
+        "output_dir": opened.path / "runs" / "thing",
+        "auto_test_model": True,
+        "judge_steps": True,
+        "save_model_every_n_steps": 1,
+    }
     train(**{**settings, **run})
     return opened
 
