@@ -2,8 +2,8 @@
 
 Five functions do the main job; caption_dataset() and check_identifier() help with its data, plan() says what a training
 will need, evaluate() measures what came of it, merge() puts a LoRA into its model and extract_lora() takes one out,
-status() tells how far a run is, and saved_models() what there is to export. Each takes its settings object, or the
-settings by name. Heavy libraries are imported when a function is called.
+status() tells how far a run is, watch() shows it as it goes on, and saved_models() what there is to export. Each takes
+its settings object, or the settings by name. Heavy libraries are imported when a function is called.
 """
 
 from dbkit.captioning import caption_dataset
@@ -20,6 +20,7 @@ from dbkit.config import (
     PreviewConfig,
     StatusConfig,
     TrainConfig,
+    WatchConfig,
 )
 from dbkit.convert import convert
 from dbkit.dataset import prepare_dataset
@@ -33,6 +34,7 @@ from dbkit.preview import preview
 from dbkit.saved_models import SavedModels, saved_models
 from dbkit.status import RunStatus, status
 from dbkit.train import train
+from dbkit.watch import watch
 from dbkit.workspace import describe_machine, open_workspace
 
 __version__ = "0.1.0"
@@ -52,6 +54,7 @@ __all__ = [
     "SavedModels",
     "StatusConfig",
     "TrainConfig",
+    "WatchConfig",
     "caption_dataset",
     "check_identifier",
     "convert",
@@ -67,4 +70,5 @@ __all__ = [
     "saved_models",
     "status",
     "train",
+    "watch",
 ]

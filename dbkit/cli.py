@@ -31,6 +31,7 @@ _FUNCTIONS = {
     "extract-lora": ("dbkit.extract", "extract_lora"),
     "convert": ("dbkit.convert", "convert"),
     "status": ("dbkit.status", "status"),
+    "watch": ("dbkit.watch", "watch"),
     "demo": ("dbkit.demo", "demo"),
 }
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _hide_secrets(config)
         module, function = _FUNCTIONS[command]
         result = getattr(importlib.import_module(module), function)(config)
-        if processes.is_main():
+        if processes.is_main() and result is not None:
             print(result)
         return 0
     except DbkitError as error:

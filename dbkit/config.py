@@ -374,6 +374,16 @@ class StatusConfig(Settings):
 
 
 @dataclass(frozen=True)
+class WatchConfig(Settings):
+    """Show how a run goes on while it trains, here or in another notebook or terminal, from its files alone."""
+
+    run: Path | None = setting(
+        None, "folder of the run; empty: the run of the workspace that was worked on last", positional=True
+    )
+    every_seconds: float = setting(2.0, "seconds between two looks", min=1, max=3600)
+
+
+@dataclass(frozen=True)
 class DemoConfig(Settings):
     """Teach the embedded model a subject: prepare, class images, train, pictures before and after, convert."""
 
@@ -394,5 +404,6 @@ COMMANDS: dict[str, type[Settings]] = {
     "extract-lora": ExtractLoraConfig,
     "convert": ConvertConfig,
     "status": StatusConfig,
+    "watch": WatchConfig,
     "demo": DemoConfig,
 }

@@ -113,17 +113,23 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     prompts = list(config.prompt) or _default_prompts(config, run, paths)
     instance = [render(read_image(path), (side, side)) for path in paths]
 
-    small = embedded.is_embedded(trained.pretrained_model_name_or_path)
-    clip = _Clip(config.clip or (embedded.CLIP if small else "openai/clip-vit-base-patch32"), device)
-    dino = _Dino(config.dino or (embedded.DINO if small else "facebook/dino-vits16"), device)
+    clip_name, dino_name = judges_of(trained.pretrained_model_name_or_path)
+    clip, dino = Clip(config.clip or clip_name, device), Dino(config.dino or dino_name, device)
     # CLIP has never heard of the identifier: its text names the class alone.
-    texts = [_without_identifier(prompt, config.instance_prompt, config.class_prompt) for prompt in prompts]
+    texts = [without_identifier(prompt, config.instance_prompt, config.class_prompt) for prompt in prompts]
     origin = {name: run.get(name) for name in ("revision", "tokenizer_name", "clip_skip")}
     untrained = Source(config.pretrained_model_name_or_path, **origin)
     pictures = [_samples(config, prompts, side, device, dtype, source) for source in (untrained, trained)]
     base, model = (_measure(drawn, instance, texts, clip, dino) for drawn in pictures)
     _save_grid(output, prompts, pictures, config)
     return Evaluation(base, model, output)
+
+
+def judges_of(model: str | Path) -> tuple[str | Path, str | Path]:
+    """The CLIP and the image encoder that judge a model's pictures: the small ones for the embedded model."""
+    if embedded.is_embedded(model):
+        return embedded.CLIP, embedded.DINO
+    return "openai/clip-vit-base-patch32", "facebook/dino-vits16"
 
 
 def _completed(config: EvaluateConfig, run: dict[str, Any]) -> EvaluateConfig:
@@ -168,7 +174,7 @@ def _default_prompts(config: EvaluateConfig, run: dict[str, Any], paths: list[Pa
     return captions
 
 
-def _without_identifier(prompt: str, instance_prompt: str | None, class_prompt: str | None) -> str:
+def without_identifier(prompt: str, instance_prompt: str | None, class_prompt: str | None) -> str:
     """The prompt with the class where the subject was, and without the words that only the instance prompt has."""
     if not instance_prompt or not class_prompt:
         return prompt
@@ -201,9 +207,7 @@ def _samples(
     return pictures[:count], pictures[count:]
 
 
-def _measure(
-    drawn: tuple[Pictures, Pictures], instance: Pictures, texts: list[str], clip: _Clip, dino: _Dino
-) -> Figures:
+def _measure(drawn: tuple[Pictures, Pictures], instance: Pictures, texts: list[str], clip: Clip, dino: Dino) -> Figures:
     """The figures of as many samples for each text, in the order of the texts, and of the class samples, if any."""
     import torch
 
@@ -231,7 +235,7 @@ def _measure(
     )
 
 
-class _Dino:
+class Dino:
     """Unit feature vectors of pictures by an image encoder of DINO's kind: its class token (arXiv:2104.14294)."""
 
     def __init__(self, name: str | Path, device: torch.device):
@@ -263,7 +267,7 @@ class _Dino:
         return torch.cat(parts)
 
 
-class _Clip(_Dino):
+class Clip(Dino):
     """Unit feature vectors of pictures and texts in CLIP's common space (arXiv:2103.00020)."""
 
     def __init__(self, name: str | Path, device: torch.device):

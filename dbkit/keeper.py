@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from dbkit import processes
-from dbkit.checkpoint import commit, find_fault, read_manifest, rotate, step_folder
+from dbkit.best_step import recommend
+from dbkit.checkpoint import by_step, commit, find_fault, read_manifest, rotate, step_folder
 from dbkit.errors import DbkitError, DiskError
 from dbkit.files import free_space, require_space, size
 from dbkit.lora import save_lora
 from dbkit.mirror import MIRROR, STOP, Mirror
 from dbkit.models import save_models
 from dbkit.processes import on_main
+from dbkit.run_folder import FIGURES, read_lines
 from dbkit.saves import Due, Saves
 from dbkit.state import State, state_size, write_state
 from dbkit.tensor_files import is_finite
@@ -59,7 +61,7 @@ class Keeper:
         if self.home == self.run:
             (self.run / MIRROR).unlink(missing_ok=True)  # of a time when it worked elsewhere
         else:
-            self.mirror = Mirror(self.run, self.home)
+            self.mirror = Mirror(self.run, self.home, spare=functools.partial(_is_best, self.run))
             self.mirror.catch_up(self.config.checkpoints_total_limit)
             threading.Thread(target=self._watch_home, name="dbkit stop file", daemon=True).start()
 
@@ -145,7 +147,7 @@ class Keeper:
         except (DiskError, OSError) as error:
             raise DiskError(f"the finished model could not be written: {error}; {self.what_is_saved()}") from error
         if (self.run / "checkpoints").exists():
-            rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._holds)
+            rotate(self.run / "checkpoints", step, self.config.checkpoints_total_limit, self._stays)
 
     def what_is_saved(self) -> str:
         """What to do next, as the end of a sentence."""
@@ -197,7 +199,7 @@ class Keeper:
         if self.mirror:
             self.mirror.commit(folder, keep)
         if keep:
-            rotate(folder.parent, step, keep, self._holds)
+            rotate(folder.parent, step, keep, self._stays)
 
     def _is_other(self, folder: Path, step: int) -> bool:
         manifest = read_manifest(folder)
@@ -212,15 +214,31 @@ class Keeper:
         name = self.run.name if finished else f"{self.run.name}-{step:06d}"
         return functools.partial(save_lora, self.state.models, config=self.config, name=name)
 
+    def _stays(self, checkpoint: Path) -> bool:
+        return self._holds(checkpoint) or _is_best(self.run, checkpoint)
+
     def _holds(self, folder: Path) -> bool:
         return self.mirror is not None and self.mirror.holds(folder)
+
+
+def _is_best(run: Path, checkpoint: Path) -> bool:
+    """Whether a folder is the checkpoint that would be recommended among those beside it, by the run's figures.
+
+    Of a training that goes on too long the last few are not worth keeping alone.
+    """
+    found = recommend(read_lines(run, FIGURES), by_step(checkpoint.parent))
+    return (
+        checkpoint.parent.name == "checkpoints"
+        and found is not None
+        and checkpoint.name == step_folder(run, found.step).name
+    )
 
 
 def copy_home(config: TrainConfig, run: Path, home: Path) -> Path:
     """Copy to a run's home what an earlier session could not, without training; returns where all of the run is."""
     if run == home or not run.exists():
         return home
-    mirror = Mirror(run, home)
+    mirror = Mirror(run, home, spare=functools.partial(_is_best, run))
     mirror.catch_up(config.checkpoints_total_limit)
     return home if _close(mirror, PATIENCE) else run
 
@@ -236,9 +254,10 @@ def _close(mirror: Mirror, patience: float) -> bool:
 def all_saves(config: TrainConfig, state: int, weights: int, is_home: bool) -> int:
     """Bytes of all that a run keeps at once, of what one state and usable weights take.
 
-    There are two states while one replaces the other, and a third where one is being copied home.
+    There are two states while one replaces the other, and a third where one is being copied home. Beside the last
+    checkpoints the recommended one is kept.
     """
-    kept = config.checkpoints_total_limit + 1 if config.save_model_every_n_steps else 0
+    kept = config.checkpoints_total_limit + 1 + config.judge_steps if config.save_model_every_n_steps else 0
     return (2 if is_home else 3) * state + (kept + 1) * weights
 
 

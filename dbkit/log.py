@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,21 +24,34 @@ if TYPE_CHECKING:
 class Log:
     """One line of progress on screen, and one line of log.jsonl every few steps; the losses are only read then.
 
-    Of several processes the main one alone says anything.
+    Of several processes the main one alone says anything. images are those of a step; show, if given, is told each step
+    and takes the place of the line on screen.
     """
 
-    def __init__(self, run: Path, done: int, total: int, interval: int, track: Tracker | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        done: int,
+        total: int,
+        interval: int,
+        track: Tracker | None = None,
+        images: int = 0,
+        show: Callable[[int], None] | None = None,
+    ) -> None:
         from tqdm import tqdm
 
         self.silent = processes.rank() > 0
         if self.silent:
             return
         self.track = track or (lambda step, values: None)
+        self.images, self.show = images, show or (lambda step: None)
         self.path, self.total, self.interval = run / "log.jsonl", total, interval
         # Lines after the state that is continued from belong to steps that are taken again.
         kept = [line for line in read_log(self.path) if line["step"] <= done]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self.bar = tqdm(desc="training", initial=done, total=total, file=sys.stdout, mininterval=1)
+        self.bar = tqdm(
+            desc="training", initial=done, total=total, file=sys.stdout, mininterval=1, disable=show is not None
+        )
         self.sums, self.count, self.since = 0, 0, time.perf_counter()
 
     def add(self, step: int, losses: torch.Tensor, grad_norm: torch.Tensor, learning_rate: float) -> None:
@@ -45,6 +59,7 @@ class Log:
             return
         self.sums, self.count = self.sums + losses, self.count + 1
         self.bar.update()
+        self.show(step)
         if step % self.interval and step != self.total and step != 1:
             return
         loss, instance_loss, class_loss = (self.sums / self.count).tolist()
@@ -61,6 +76,12 @@ class Log:
         line = {"step": step, "loss": loss, "instance_loss": instance_loss, "class_loss": class_loss}
         line |= {"learning_rate": learning_rate, "grad_norm": grad_norm.item()}
         line |= {"seconds_per_step": (time.perf_counter() - self.since) / self.count}
+        line |= {"images": self.images} if self.images else {}
+        if losses.is_cuda:
+            import torch
+
+            # The allocator's own count: nothing waits for the GPU.
+            line["gpu_memory"] = torch.cuda.max_memory_allocated(losses.device)
         # JSON knows no infinity, which an fp16 gradient norm may be while the loss scale is found.
         line = {name: value if math.isfinite(value) else None for name, value in line.items()}
         with contextlib.suppress(OSError), self.path.open("a", encoding="utf-8", newline="\n") as file:

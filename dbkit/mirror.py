@@ -12,6 +12,7 @@ import errno
 import json
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,20 @@ class Item:
 class Mirror:
     """Copies what is committed below `local` to the same place below `home`. Its methods never wait for home.
 
-    A failed copy is tried again after `pause` seconds, then after twice as long each time up to `longest_pause`.
+    A failed copy is tried again after `pause` seconds, then after twice as long each time up to `longest_pause`. Steps
+    whose folder `spare` says yes to are kept beyond the number of those that stay.
     """
 
-    def __init__(self, local: Path, home: Path, pause: float = 5.0, longest_pause: float = 60.0) -> None:
+    def __init__(
+        self,
+        local: Path,
+        home: Path,
+        pause: float = 5.0,
+        longest_pause: float = 60.0,
+        spare: Callable[[Path], bool] = lambda folder: False,
+    ) -> None:
         self.local, self.home, self.pause, self.longest_pause = local, home, pause, longest_pause
+        self.spare = spare
         self.changed = threading.Condition()
         self.queue: dict[str, Item] = {}
         self.current: Item | None = None
@@ -164,7 +174,7 @@ class Mirror:
         if item.keep:
             beside = [other for other in self.queue.values() if other.keep and other.path.parent == item.path.parent]
             beside.sort(key=lambda item: item.number)
-            for older in beside[: -item.keep]:
+            for older in [other for other in beside[: -item.keep] if not self.spare(other.path)]:
                 del self.queue[older.name]
                 beside[-1].take_over(older)
 
@@ -216,7 +226,7 @@ class Mirror:
                 remove_committed(partial, for_good=True)
         copy_committed(item.path, target, self._wrote, self._seen, for_good=True)
         if item.keep:
-            rotate(target.parent, manifest["step"], item.keep, for_good=True)
+            rotate(target.parent, manifest["step"], item.keep, self.spare, for_good=True)
 
     def _make_parents(self, target: Path) -> None:
         """Make the folders below home, and home, but never what home lies in.
@@ -390,7 +400,7 @@ def _fetch(local: Path, state: Path, home: Path) -> None:
     require_space(local, total, "the saved state")
     with full_disk_is_a_sentence(local), tqdm(desc=f"bringing {state.name}", total=total, unit="B") as bar:
         try:
-            for name in ("settings.yaml", "log.jsonl", "wandb_id.txt"):
+            for name in ("settings.yaml", "log.jsonl", "figures.jsonl", "wandb_id.txt"):
                 if (home / name).is_file():
                     copy_loose(home / name, local / name, _ignore, _ignore)
             copy_committed(state, target, bar.update, _ignore)

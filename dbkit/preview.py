@@ -132,8 +132,7 @@ def make_preview(
     with borrowed(models, device):
         drawn = sample(models, shots, (side, side), steps, batch_size, dtype)
         pictures = list(tqdm(drawn, "preview", len(shots), file=sys.stdout, mininterval=1, leave=False))
-    folder = output.with_suffix("")
-    paths = [folder / _file_name(row, prompts[row], seed, scale) for row, seed, scale in cells]
+    paths = [single_picture(output, row, prompts[row], seed, scale) for row, seed, scale in cells]
     for path, picture in zip(paths, pictures):
         _save(path, picture)
     by_row = [pictures[row :: len(prompts)] for row in range(len(prompts))]
@@ -142,9 +141,11 @@ def make_preview(
     return Preview(output, paths)
 
 
-def _file_name(row: int, prompt: str, seed: int, guidance_scale: float) -> str:
+def single_picture(grid: Path, row: int, prompt: str, seed: int, guidance_scale: float) -> Path:
+    """Where one picture of a grid is: in the folder of the grid's name without the suffix. Rows count from 0."""
     # 48 characters of four bytes each still fit into the 255 bytes that a name may have.
-    return f"{row + 1:02d}-{safe_name(prompt, 48)}-seed{seed}-guidance{guidance_scale:g}.png"
+    name = f"{row + 1:02d}-{safe_name(prompt, 48)}-seed{seed}-guidance{guidance_scale:g}.png"
+    return grid.with_suffix("") / name
 
 
 def _save(path: Path, picture: Image.Image) -> None:

@@ -22,6 +22,8 @@ from dbkit.workspace import default_folder
 
 # How many lines of the log count for what is said of now.
 RECENT = 10
+# A line of figures for each step that was measured, beside the log and in its format.
+FIGURES = "figures.jsonl"
 _MARKS = ("settings.yaml", "log.jsonl", "resume", MIRROR)
 
 
@@ -53,6 +55,11 @@ class Place:
     def last(self) -> Saved | None:
         """The newest valid state, from which training would go on."""
         return next((state for state in reversed(self.states) if not state.fault), None)
+
+    @property
+    def usable(self) -> list[Saved]:
+        """The checkpoints and the finished model that are whole."""
+        return [saved for saved in (*self.checkpoints, self.model) if saved and not saved.fault]
 
     @property
     def damaged(self) -> list[Saved]:
@@ -194,10 +201,10 @@ def _read_saved(folder: Path, step: int | None, verify: bool) -> Saved:
     return Saved(folder, manifest["step"] if step is None else step, size, age, fault)
 
 
-def read_lines(folder: Path) -> list[dict]:
-    """The lines of the log; none where it cannot be read."""
+def read_lines(folder: Path, name: str = "log.jsonl") -> list[dict]:
+    """The lines of the log, or of another file of its kind; none where it cannot be read."""
     try:
-        return read_log(folder / "log.jsonl")
+        return read_log(folder / name)
     except OSError:
         return []
 

@@ -6,15 +6,16 @@ import html
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dbkit import run_folder
+from dbkit.best_step import Recommendation, recommend
+from dbkit.charts import chart, sparkline
 from dbkit.config import StatusConfig
 from dbkit.files import is_locked, size
 from dbkit.images import as_html
 from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
-
-_BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,9 @@ class RunStatus:
     home is where the run's commits are kept; local is the folder of this machine where a training works that copies
     them there, None where home is the only place. step and total are optimizer steps; total is None where the files do
     not say it, at_work where this system cannot tell. losses are (step, loss) by the log, log_age is in seconds.
-    verified: SHA-256 were compared, not sizes alone.
+    verified: SHA-256 were compared, not sizes alone. recommended is the step to use among those that are saved, by what
+    was measured while it trained, if anything was. images_per_second, learning_rate and gpu_memory (the most bytes that
+    tensors took on a GPU) are as of the last line of the log.
     """
 
     home: Place
@@ -39,6 +42,10 @@ class RunStatus:
     mirror: Mirror | None
     newest_preview: Path | None
     verified: bool
+    recommended: Recommendation | None = None
+    images_per_second: float | None = None
+    learning_rate: float | None = None
+    gpu_memory: int | None = None
 
     @property
     def place(self) -> Place:
@@ -72,23 +79,35 @@ class RunStatus:
         return max(0, self.step - max(safe, default=0))
 
     def __str__(self) -> str:
-        lines = [self._head()]
+        lines = [self.head()]
         for title, text in self._rows():
             lines.append(f"  {title}: {text}")
             if title == "loss":
-                lines.append(f"  {_sparkline(self.losses)} steps {self.losses[0][0]} to {self.losses[-1][0]}")
+                lines.append(f"  {sparkline(self.losses)} steps {self.losses[0][0]} to {self.losses[-1][0]}")
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
+        return self.as_table() + self.as_picture()
+
+    def as_picture(self) -> str:
+        """The newest preview for a notebook."""
+        return as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
+
+    def as_table(self) -> str:
+        """All but the preview for a notebook, in a few kB."""
         left = "style='text-align:left'"  # JupyterLab sets tables to the right, as numbers are
         rows = "".join(
             f"<tr><td {left}>{html.escape(title)}</td><td {left}>{html.escape(text)}</td></tr>"
             for title, text in self._rows()
         )
-        picture = as_html(self.newest_preview, 384, "newest preview") if self.newest_preview else ""
-        return f"<p><b>{html.escape(self._head())}</b></p>{_curve(self.losses)}<table>{rows}</table>{picture}"
+        curve = chart(self.losses, "loss", recent=run_folder.RECENT)
+        bar = (
+            f"<progress value='{self.step}' max='{self.total}'></progress> " if self.total and not self.finished else ""
+        )
+        return f"<p>{bar}<b>{html.escape(self.head())}</b></p>{curve}<table>{rows}</table>"
 
-    def _head(self) -> str:
+    def head(self) -> str:
+        """How far it is, as one line."""
         share = f" of {self.total} ({self.step / self.total:.0%})" if self.total else ""
         work = {True: "a process is at work", False: "no process here is at work", None: "at work or not: unknown here"}
         state = "finished" if self.finished and not self.at_work else work[self.at_work]
@@ -101,7 +120,12 @@ class RunStatus:
             yield "loss", f"{self.loss:.4f}, the mean of the last {min(run_folder.RECENT, len(self.losses))} in the log"
         if self.seconds_per_step is not None:
             left = f", about {duration(self.seconds_left)} of training left" if self.seconds_left else ""
-            yield "speed", f"{self.seconds_per_step:.3g} s a step{left}"
+            images = f", {self.images_per_second:.3g} images a second" if self.images_per_second else ""
+            yield "speed", f"{self.seconds_per_step:.3g} s a step{images}{left}"
+        if self.learning_rate is not None:
+            yield "learning rate", f"{self.learning_rate:.3g}"
+        if self.gpu_memory:
+            yield "GPU memory", f"{size(self.gpu_memory)} at most"
         if self.log_age is not None:
             yield "log written", f"{duration(self.log_age)} ago"
         yield from self._saved_rows(self.place)
@@ -114,6 +138,8 @@ class RunStatus:
             yield from self._saved_rows(self.home, " at home")
         if self.mirror:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
+        if self.recommended:
+            yield "recommended", f"step {self.recommended.step}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)
 
@@ -156,13 +182,65 @@ def status(config: StatusConfig) -> RunStatus:
         total=total and max(total, step),
         finished=max(whole, default=-1) >= (total or step),
         at_work=True if True in locks else None if None in locks else False,
-        losses=[(line["step"], line["loss"]) for line in logged if run_folder.finite(line.get("loss"))],
-        seconds_per_step=_speed(logged),
+        **_logged(logged),
         log_age=next((age for folder in folders if (age := run_folder.log_age(folder)) is not None), None),
         mirror=run_folder.read_mirror(folders[0]),
         newest_preview=next((path for folder in folders if (path := run_folder.newest_preview(folder))), None),
         verified=config.verify,
+        recommended=_recommended(folders, places),
     )
+
+
+def _recommended(folders: list[Path], places: list[Place]) -> Recommendation | None:
+    measured = next((lines for folder in folders if (lines := run_folder.read_lines(folder, run_folder.FIGURES))), [])
+    return recommend(measured, {saved.step for place in places for saved in place.usable})
+
+
+def status_at_work(run: Path, home: Path, step: int, total: int) -> RunStatus:
+    """The same for who trains, at a step, from the folder where the run works alone.
+
+    What is at its home is as the mirror says, so that a Drive that hangs holds nobody up.
+    """
+    place, mirror = run_folder.read_place(run, verify=False), run_folder.read_mirror(run) if run != home else None
+    return RunStatus(
+        home=_arrived(place, home, mirror) if run != home else place,
+        local=place if run != home else None,
+        step=step,
+        total=total,
+        finished=False,
+        at_work=True,
+        **_logged(run_folder.read_lines(run)),
+        log_age=run_folder.log_age(run),
+        mirror=mirror,
+        newest_preview=run_folder.newest_preview(run),
+        verified=False,
+        recommended=_recommended([run], [place]),
+    )
+
+
+def _arrived(place: Place, home: Path, mirror: Mirror | None) -> Place:
+    """A run's home as the mirror knows it: what its local folder holds, without what is being copied or waits."""
+    if mirror is None:
+        return Place(home, [], [], None, "nothing was copied yet")
+    missing = {*mirror.waiting, *(mirror.copying or ())[:1]}
+    there = [
+        [s for s in saved if f"{s.folder.parent.name}/{s.folder.name}" not in missing]
+        for saved in (place.states, place.checkpoints)
+    ]
+    return Place(home, *there, None if "model" in missing else place.model)
+
+
+def _logged(lines: list[dict]) -> dict[str, Any]:
+    """What the lines of a log say, as fields of RunStatus."""
+    last, seconds = lines[-1] if lines else {}, _speed(lines)
+    images, rate, memory = (last.get(name) for name in ("images", "learning_rate", "gpu_memory"))
+    return {
+        "losses": [(line["step"], line["loss"]) for line in lines if run_folder.finite(line.get("loss"))],
+        "seconds_per_step": seconds,
+        "images_per_second": images / seconds if isinstance(images, int) and seconds else None,
+        "learning_rate": rate if run_folder.finite(rate) else None,
+        "gpu_memory": memory if isinstance(memory, int) else None,
+    }
 
 
 def _speed(logged: list[dict]) -> float | None:
@@ -194,53 +272,3 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes // (24 * 60)} days"
-
-
-def _means(losses: list[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    """At most that many points of a curve, each the mean of its share of neighbours, at the last one's step."""
-    count = min(most, len(losses))
-    shares = (losses[len(losses) * i // count : len(losses) * (i + 1) // count] for i in range(count))
-    return [(share[-1][0], sum(loss for _, loss in share) / len(share)) for share in shares]
-
-
-def _sparkline(losses: list[tuple[int, float]], width: int = 32) -> str:
-    means = [loss for _, loss in _means(losses, width)]
-    low, span = min(means), max(means) - min(means)
-    return "".join(_BLOCKS[round((loss - low) / span * 7) if span else 0] for loss in means)
-
-
-def _curve(losses: list[tuple[int, float]], width: int = 480, height: int = 120) -> str:
-    """The loss by step as an SVG picture, pale, and over it the mean of the last points, which shows where it goes.
-
-    Words and axes take the colour of the text around the picture, so that it suits light and dark pages.
-    """
-    if len(losses) < 2:
-        return ""
-    points = _means(losses, 120)
-    first, last = points[0][0], points[-1][0]
-    low, high = min(loss for _, loss in points), max(loss for _, loss in points)
-    left, top, right, bottom = 56, 10, width - 10, height - 22
-    steps, span = (last - first) or 1, (high - low) or 1
-    lines = ""
-    for width_of_mean, opacity in ((1, 0.35), (run_folder.RECENT, 1)):
-        # The loss of one step is mostly that of its random timesteps.
-        recent = [[loss for _, loss in points[max(0, i + 1 - width_of_mean) : i + 1]] for i in range(len(points))]
-        places = " ".join(
-            f"{left + (step - first) / steps * (right - left):.1f},"
-            f"{bottom - (sum(losses) / len(losses) - low) / span * (bottom - top):.1f}"
-            for (step, _), losses in zip(points, recent)
-        )
-        lines += f'<polyline points="{places}" fill="none" stroke="#3b82f6" stroke-width="2" opacity="{opacity}"/>'
-    labels = (
-        (left - 6, top + 4, "end", f"{high:.3g}"),
-        (left - 6, bottom + 4, "end", f"{low:.3g}"),
-        (left, height - 6, "start", f"step {first}"),
-        (right, height - 6, "end", f"step {last}"),
-    )
-    words = "".join(f'<text x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>' for x, y, anchor, text in labels)
-    return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-        f'aria-label="loss from step {first} to {last}" style="max-width:100%;display:block">'
-        f'<path d="M{left} {top}V{bottom}H{right}" fill="none" stroke="currentColor" stroke-opacity="0.35"/>'
-        f'{lines}<g fill="currentColor" font-size="11" font-family="sans-serif">{words}</g></svg>'
-    )

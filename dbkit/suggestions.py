@@ -17,7 +17,7 @@ from dbkit.images import list_images
 from dbkit.libraries import choose_device
 from dbkit.models import model_facts
 from dbkit.report import REPORT
-from dbkit.saved_models import saved_models
+from dbkit.saved_models import SavedModel, saved_models
 from dbkit.settings import Settings, read_yaml
 from dbkit.workspace import Workspace
 
@@ -46,6 +46,9 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
         model = _finished_model(workspace) or _lora_file(workspace) or _local_base(workspace)
         run = next((path.parent for path in (model, model.parent) if path.name == "model"), None)
         stem = run.name if run else model.name
+        best = saved_models(workspace).best(run.name) if run else None
+        if best and best.folder != run / "model":
+            model, stem = _to_convert(best), f"{stem}-{best.step}"
         return {
             "source": model,
             "destination": Path("exports") / f"{stem}.safetensors",
@@ -65,14 +68,16 @@ def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, l
     field = {ConvertConfig: "source", PreviewConfig: "model", EvaluateConfig: "model"}.get(cls)
     if not field or name == "convert":
         return {}
-    folders = [
-        # Of a LoRA its file is converted, its folder is sampled.
-        next(model.folder.glob("*.safetensors"), model.folder)
-        if model.is_lora and cls is ConvertConfig
-        else model.folder
-        for model in saved_models(workspace).models
-    ]
+    saved = saved_models(workspace)
+    # Those that are recommended come first, of the newest run before all.
+    models = sorted(saved.models, key=lambda model: saved.best(model.run) != model)
+    folders = [_to_convert(model) if cls is ConvertConfig else model.folder for model in models]
     return {field: [folder.relative_to(workspace.path).as_posix() for folder in folders]}
+
+
+def _to_convert(model: SavedModel) -> Path:
+    """What is converted of a model: of a LoRA its file, though its folder is sampled."""
+    return next(model.folder.glob("*.safetensors"), model.folder) if model.is_lora else model.folder
 
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:

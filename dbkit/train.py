@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from dbkit import processes, zero
 from dbkit.auto import choose_settings
-from dbkit.cache import Noising, Pool, draw_batches, encode_images
+from dbkit.cache import Batch, Noising, Pool, draw_batches, encode_images
 from dbkit.concepts import Concept
 from dbkit.encoding import files_near
 from dbkit.errors import DbkitError, counted
@@ -18,6 +19,7 @@ from dbkit.examples import first_prompts
 from dbkit.files import stop_requests
 from dbkit.hub import upload_model
 from dbkit.identifier import describe
+from dbkit.judge import Judge
 from dbkit.keeper import Keeper, copy_home
 from dbkit.libraries import choose_device, choose_dtype, quiet
 from dbkit.log import Log
@@ -36,17 +38,22 @@ from dbkit.preview import make_preview
 from dbkit.processes import on_main
 from dbkit.resume import finished_in, locked, open_run
 from dbkit.run_folder import preview_of
-from dbkit.sampling import autocast
+from dbkit.sampling import autocast, borrowed
 from dbkit.saves import Due, Saves
 from dbkit.settings import configured_by, replace
 from dbkit.state import State, make_state, read_state, rest_text_encoder
 from dbkit.text import encode_prompts, own_tokens, tokenize
 from dbkit.trackers import make_tracker
 from dbkit.train_config import TrainConfig
+from dbkit.watch import screen_of
 from dbkit.workspace import default_folder, working_folder
 
 if TYPE_CHECKING:
     import torch
+
+
+# Samples of the fixed-noise losses: less than a step's work at the usual settings of a save every 200 steps.
+_FIXED_SAMPLES = 8
 
 
 @configured_by(TrainConfig)
@@ -92,19 +99,21 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     assert config.memory == "tiny" or all(parameter.dtype.itemsize == 4 for parameter in state.parameters)
     if plan.saved:
         read_state(state, plan.saved)
-    preview = functools.partial(on_main, _preview, run, config, plan.previews, state, device)
+    judge = Judge(config, run, plan, functools.partial(_fixed_losses, state, pools, plan.order, config, device))
+    look = functools.partial(on_main, _look, run, config, plan.previews, state, device, judge)
 
-    # 4. Loop: one pass is one optimizer step. Commit first, preview after, so that no preview can cost a run.
+    # 4. Loop: one pass is one optimizer step. Commit first, look after, so that no preview can cost a run.
     saves = Saves(config, done, total, session=began)
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
-    log = Log(run, done, total, config.log_interval, make_tracker(config, run, done))
+    tracker, screen = make_tracker(config, run, done), screen_of(run, home, total)
+    log = Log(run, done, total, config.log_interval, tracker, plan.order.per_step, screen)
     with keeper, stop_requests() as stop, out_of_memory_is_told(config, state, device):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):
-            preview(done)
+            look(done)
         saves.start()
         for step in range(done + 1, total + 1):
             if step > plan.rest_after and pools[0].text_is_trained:
@@ -122,14 +131,14 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
             if due:
                 keeper.save(step, weights=due is Due.WEIGHTS)
             if due is Due.WEIGHTS:
-                preview(step)
+                look(step)
         # 5. Finished model.
         if done < total and not processes.any_of(bool((_weight_norms(state) != before).any())):
             raise DbkitError(f"{counted(total - done, 'step')} changed no weight; raise learning_rate")
         # The model comes last: a run that has it lacks nothing. Until then the state is what counts.
         keeper.save(total, last=True)
         log.close()
-        preview(total)
+        look(total)
         keeper.finish(total)
     made = on_main(finished_in, run, keeper.place, total)
     if made is None:
@@ -150,8 +159,7 @@ def train_step(
     """
     import torch
 
-    unet, text_encoder, noise_scheduler = state.models.unet, state.models.text_encoder, state.models.noise_scheduler
-    optimizer, scaler = state.optimizer, state.scaler
+    noise_scheduler, optimizer, scaler = state.models.noise_scheduler, state.optimizer, state.scaler
     size, passes = config.train_batch_size, config.gradient_accumulation_steps
     prediction_type, alphas_cumprod = noise_scheduler.config.prediction_type, noise_scheduler.alphas_cumprod
     noising = Noising(len(alphas_cumprod), config.noise_offset, config.input_perturbation, config.caption_dropout)
@@ -163,14 +171,7 @@ def train_step(
         # One batch, or with buckets one for each size among these samples: their losses add up to the mean.
         batches = draw_batches(pools, order, step, range(first, first + size), noising)
         for batch in batches:
-            seen = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
-            if batch.hidden is not None:
-                seen = torch.cat([seen, batch.hidden], dim=1)
-            target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
-            with autocast(device, state.dtype):
-                text = encode_prompts(text_encoder, batch.prompts) if pools[0].text_is_trained else batch.prompts
-                model_pred = unet(seen, batch.timesteps, text, encoder_attention_mask=batch.own_tokens).sample
-            errors = per_sample_loss(model_pred, target, config.loss_type, config.huber_delta, batch.weights)
+            errors = _errors(state.models, batch, config, state.dtype)
             if config.min_snr_gamma:
                 errors *= snr_weights(batch.timesteps, alphas_cumprod, config.min_snr_gamma, prediction_type)
             parts = prior_preservation_loss(errors, batch.instances, batch.pairs, config.prior_loss_weight)
@@ -196,6 +197,26 @@ def train_step(
     if state.ema:
         state.ema.update(step)
     return processes.mean(losses), processes.whole(grad_norm)
+
+
+def _errors(models: Models, batch: Batch, config: TrainConfig, dtype: torch.dtype) -> torch.Tensor:
+    """The error of each sample of a batch, shape (B,): what the U-Net sees, what it predicts, and what it should."""
+    import torch
+
+    prediction_type, alphas_cumprod = (
+        models.noise_scheduler.config.prediction_type,
+        models.noise_scheduler.alphas_cumprod,
+    )
+    seen = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
+    if batch.hidden is not None:
+        seen = torch.cat([seen, batch.hidden], dim=1)
+    target = noise_target(prediction_type, batch.latents, batch.noise, batch.timesteps, alphas_cumprod)
+    with autocast(seen.device, dtype):
+        # States of a text encoder that rests, or token ids.
+        as_states = batch.prompts.is_floating_point()
+        text = batch.prompts if as_states else encode_prompts(models.text_encoder, batch.prompts)
+        model_pred = models.unet(seen, batch.timesteps, text, encoder_attention_mask=batch.own_tokens).sample
+    return per_sample_loss(model_pred, target, config.loss_type, config.huber_delta, batch.weights)
 
 
 def _load(config: TrainConfig) -> Models:
@@ -242,6 +263,44 @@ def _say_tokens(models: Models, concepts: list[Concept], prompts: list[str]) -> 
     for prompt, length in zip(prompts, lengths):
         if length > most:
             print(f"cut after {most - 2} of {length - 2} tokens: {prompt}")
+
+
+def _fixed_losses(
+    state: State, pools: list[Pool], order: Order, config: TrainConfig, device: torch.device
+) -> dict[str, float]:
+    """The losses of what would be saved now, at noise and timesteps that are the same whenever this is asked.
+
+    pools are those with token ids, so that a text encoder that rests makes no difference.
+    """
+    import torch
+
+    models, size = state.shown, min(config.train_batch_size, _FIXED_SAMPLES)
+    noising = Noising(len(models.noise_scheduler.alphas_cumprod))
+    # Noise that no step is trained with.
+    order = dataclasses.replace(order, seed=order.seed ^ 1)
+    losses: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    with state.averaged(), borrowed(models, device), torch.no_grad():
+        for first in range(0, _FIXED_SAMPLES, size):
+            for batch in draw_batches(pools, order, 1, range(first, first + size), noising):
+                errors = _errors(models, batch, config, state.dtype)
+                losses[0].append(errors[: batch.instances])
+                losses[1].append(errors[batch.instances :])
+    names = ("validation_loss", "class_loss")[: len(pools)]
+    return {name: torch.cat(parts).mean().item() for name, parts in zip(names, losses)}
+
+
+def _look(
+    run: Path,
+    config: TrainConfig,
+    prompts: list[str],
+    state: State,
+    device: torch.device,
+    judge: Judge,
+    step: int,
+) -> None:
+    """Preview pictures of a step, and what is measured of it."""
+    _preview(run, config, prompts, state, device, step)
+    judge(step)
 
 
 def _preview(

@@ -500,13 +500,21 @@ class TrainConfig(Settings):
         advanced=True,
     )
     checkpoints_total_limit: int = setting(
-        3, "how many checkpoints of usable weights are kept; the oldest go first", min=1, advanced=True
+        3,
+        "how many checkpoints of usable weights are kept; the oldest go first, but for the one that judge_steps recommends",
+        min=1,
+        advanced=True,
     )
     save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True
     )
     start_over: bool = setting(False, "move what is in output_dir aside and begin at step 0", advanced=True)
     auto_test_model: bool = setting(True, "make preview pictures before step 1 and after each checkpoint")
+    judge_steps: bool = setting(
+        True,
+        "after each checkpoint measure the loss at fixed noise, and of its previews the likeness to the subject and the drift of the class, and recommend a step; for other models than tiny-sd the previews are judged by CLIP and DINO, 0.7 GB from the Hub, once",
+        advanced=True,
+    )
     test_prompt: str | None = setting(None, "prompt of the previews; empty: the instance prompt, or the first caption")
     test_prompts_file: Path | None = setting(
         None, "text file with one preview prompt on each line; wins over test_prompt", advanced=True

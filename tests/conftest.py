@@ -171,6 +171,7 @@ def settings(model, photos, tmp_path) -> dict:
         "max_train_steps": 2,
         "learning_rate": 1e-4,
         "auto_test_model": False,
+        "judge_steps": False,
         "save_precision": "fp32",
         "device": "cpu",
     }

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from transformers import AutoTokenizer, CLIPTextModel, PretrainedConfig
 
 from dbkit import PreviewConfig, convert, draws, embedded, open_workspace
-from dbkit.evaluate import _Clip
+from dbkit.evaluate import Clip
 from dbkit.files import sha256
 from dbkit.models import WEIGHTS, fingerprint, load_models, read_weights, state_dict
 from dbkit.sampling import Shot, sample
@@ -125,7 +125,7 @@ def pictures():
 
 
 def test_it_draws_the_thing_and_the_setting_that_a_prompt_names(pictures):
-    clip = _Clip(embedded.CLIP, torch.device("cpu"))
+    clip = Clip(embedded.CLIP, torch.device("cpu"))
     texts = clip.texts([f"a photo of a {noun} {place}" for noun in NOUNS for place in PLACES])
     texts = texts.view(len(NOUNS), len(PLACES), -1)
     features = clip(pictures)

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from dbkit import DbkitError, EvaluateConfig, embedded, evaluate
-from dbkit.evaluate import Figures, _Clip, _default_prompts, _Dino, _measure, _without_identifier
+from dbkit.evaluate import Clip, Dino, Figures, _default_prompts, _measure, without_identifier
 from dbkit.images import list_images, read_image, render
 
 CPU = torch.device("cpu")
@@ -13,12 +13,12 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def clip():
-    return _Clip(embedded.CLIP, CPU)
+    return Clip(embedded.CLIP, CPU)
 
 
 @pytest.fixture(scope="module")
 def dino():
-    return _Dino(embedded.DINO, CPU)
+    return Dino(embedded.DINO, CPU)
 
 
 def sample_set(name):
@@ -68,12 +68,12 @@ def test_pictures_match_the_prompts_that_name_their_settings(clip, dino):
 
 def test_clips_text_does_not_name_the_identifier():
     def without(prompt):
-        return _without_identifier(prompt, "photo of zwx dog", "photo of a dog")
+        return without_identifier(prompt, "photo of zwx dog", "photo of a dog")
 
     assert without("photo of zwx dog in space") == "photo of a dog in space"
     assert without("a red zwx dog") == "a red dog"
     assert without("photo of a dog") == "photo of a dog"
-    assert _without_identifier("a house in zwx style", None, None) == "a house in zwx style"
+    assert without_identifier("a house in zwx style", None, None) == "a house in zwx style"
 
 
 def test_a_model_compared_with_itself_has_drifted_nowhere(tmp_path):
@@ -157,4 +157,4 @@ def test_a_native_run_is_sampled_with_what_it_was_trained_with(tmp_path):
 
 def test_a_clip_model_in_dinos_place_is_refused_before_anything_is_sampled():
     with pytest.raises(DbkitError, match=r"^dino .*tiny-clip is not an image encoder of DINO's kind; give"):
-        _Dino(embedded.CLIP, torch.device("cpu"))
+        Dino(embedded.CLIP, torch.device("cpu"))

@@ -114,6 +114,7 @@ CASES = {
     "save_precision": ({}, "bf16"),
     "start_over": ({"again": True}, True),
     "auto_test_model": ({"resolution": 32}, True),
+    "judge_steps": ({}, False),
     "test_prompt": (PREVIEWS, "a red zwx"),
     "test_prompts_file": (PREVIEWS, "PROMPTS"),
     "test_negative_prompt": (PREVIEWS, "dark"),

@@ -15,6 +15,7 @@ from killable import Killable
 from test_train import assert_equal, log_of, state_of
 
 from dbkit.checkpoint import find_fault, newest_valid, read_manifest
+from dbkit.run_folder import FIGURES
 
 KILLS = int(os.environ.get("DBKIT_KILLS", "8"))
 SEED = int(os.environ.get("DBKIT_SEED", "0"))
@@ -49,6 +50,7 @@ def case(settings, smaller_model, photos, tmp_path) -> dict:
         "save_every_n_minutes": 0.01,
         "checkpoints_total_limit": 2,
         "auto_test_model": True,
+        "judge_steps": True,
         "log_interval": 1,
         "local_dir": tmp_path / "local",
     }
@@ -98,6 +100,7 @@ def test_a_killed_training_is_the_one_that_would_have_been(program, case, tmp_pa
             lost.append(logged - max(found, default=0))
         assert_equal(state_of(home), state_of(straight["output_dir"]))
         assert pictures_of(home) == pictures_of(straight["output_dir"])
+        assert (home / FIGURES).read_text() == (straight["output_dir"] / FIGURES).read_text()
         assert find_fault(home / "model", STEPS) is None
         lines, right = (
             [{name: value for name, value in line.items() if name != "seconds_per_step"} for line in log_of(folder)]

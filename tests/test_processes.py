@@ -88,7 +88,7 @@ def test_another_number_of_processes_does_not_continue_a_run(config, tmp_path):
 
 
 def test_sharded_training_equals_one_process_and_resumes_exactly(settings, tmp_path):
-    case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True}
+    case = {**settings, **COMMON, "train_text_encoder": True, "auto_test_model": True, "judge_steps": True}
     run = train_straight_and_again(case, tmp_path, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert_close_to_one_process(run, {**case, "auto_test_model": False})
     assert (run / "previews" / "step_000003.png").is_file()

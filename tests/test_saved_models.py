@@ -1,7 +1,11 @@
 """What there is to export is read from the files of runs, and only what is whole is offered."""
 
+import json
 import os
+import re
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +18,12 @@ from dbkit.lora_files import read_lora
 def workspace(settings):
     """A workspace with a run that saved steps 1 and 2, with previews, and ended."""
     opened = open_workspace()
-    run = {"output_dir": opened.path / "runs" / "thing", "auto_test_model": True, "save_model_every_n_steps": 1}
+    run = {
+        "output_dir": opened.path / "runs" / "thing",
+        "auto_test_model": True,
+        "judge_steps": True,
+        "save_model_every_n_steps": 1,
+    }
     train(**{**settings, **run})
     return opened
 
@@ -42,13 +51,46 @@ def test_what_is_damaged_is_not_offered(workspace):
 
 
 def test_it_shows_itself_as_lines_and_as_pictures(workspace):
-    (workspace.path / "runs" / "thing" / "previews" / "step_000001.png").write_bytes(b"no picture")
+    previews = workspace.path / "runs" / "thing" / "previews"
+    next((previews / "step_000001").glob("*.png")).write_bytes(b"no picture")
     models = saved_models(workspace)
 
     assert str(models).splitlines()[0] == f"2 models in {workspace.path / 'runs'}"
     assert "runs/thing/checkpoints/step_000001: step 1, " in str(models)
     shown = models._repr_html_()
     assert shown.count("<code>runs/thing/") == 2 and shown.count("data:image/jpeg;base64,") == 1
+    # Without the single pictures the grid is shown.
+    shutil.rmtree(previews / "step_000001")
+    assert saved_models(workspace)._repr_html_().count("data:image/jpeg;base64,") == 2
+
+
+def test_the_recommended_step_is_said_marked_and_what_an_export_begins_with(workspace):
+    run = workspace.path / "runs" / "thing"
+    figures = [{"step": step, "subject_fidelity": value} for step, value in ((0, 0.1), (1, 0.69), (2, 0.7))]
+    (run / "figures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
+
+    models = saved_models(workspace)
+    assert models.best("thing").folder == run / "checkpoints" / "step_000001"
+    assert "of thing step 1 is recommended: it has 98% of the most" in str(models)
+    assert ", subject fidelity 0.6900" in str(models)
+    shown = models._repr_html_()
+    first, last = shown.split("<code>")[1:]
+    assert "★ recommended" in first and "★" not in last
+    assert shown.count("stroke-dasharray") == 1 and "subject fidelity</b>: likeness of the previews" in shown
+    assert "type='range' min='0' max='2'" in shown
+    export = form(ConvertConfig, workspace, "export")
+    assert export._inputs["source"].options[0] == "runs/thing/checkpoints/step_000001"
+    chosen = export.read()
+    assert Path(chosen.source) == run / "checkpoints" / "step_000001"
+    assert chosen.destination.name == "thing-1.safetensors"
+
+
+def test_a_page_runs_the_slider_without_closing_its_attribute(workspace):
+    page = ElementTree.fromstring(
+        "<div>" + re.sub("(<img[^>]*|<br|<input[^>]*)>", r"\1/>", saved_models(workspace)._repr_html_()) + "</div>"
+    )
+    (slider,) = page.iter("input")
+    assert slider.get("oninput").startswith("const n=+this.value;") and "&&" in slider.get("oninput")
 
 
 def test_the_newest_run_comes_first_and_an_empty_workspace_says_so(workspace, settings, tmp_path):

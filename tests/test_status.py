@@ -19,7 +19,7 @@ from dbkit import DbkitError, TrainConfig, status
 from dbkit.checkpoint import commit, rotate, step_folder
 from dbkit.cli import main
 from dbkit.files import one_process, write_text
-from dbkit.status import _curve, _means, _sparkline, duration
+from dbkit.status import duration
 
 HOLD = """
 import sys
@@ -47,6 +47,7 @@ def trained(model, tmp_path_factory):
         save_model_every_n_steps=2,
         log_interval=1,
         auto_test_model=False,
+        judge_steps=False,
         learning_rate=1e-4,
         save_precision="fp32",
         device="cpu",
@@ -105,7 +106,8 @@ def test_a_finished_run_in_words(trained):
     assert shown.loss == pytest.approx(sum(logged) / 4)
     lines = lines_of(shown)
     assert re.fullmatch(r"  [▁▂▃▄▅▆▇█]{4} steps 1 to 4", lines.pop(3))
-    assert re.fullmatch(r"  speed: \S+ s a step", lines.pop(3))
+    assert re.fullmatch(r"  speed: \S+ s a step, \S+ images a second", lines.pop(3))
+    assert lines.pop(3) == "  learning rate: 0.0001"
     assert lines == [
         "dog: step 4 of 4 (100%), finished",
         f"  folder: {trained}",
@@ -139,6 +141,14 @@ def test_epochs_leave_the_total_open(run):
     shutil.rmtree(run / "model")
     (run / "log.jsonl").unlink()
     assert not status(run).finished
+
+
+def test_the_step_to_use_is_told_of_those_that_are_whole(run):
+    lines = [{"step": step, "validation_loss": loss} for step, loss in ((0, 0.3), (2, 0.15), (3, 0.1), (4, 0.2))]
+    write_text(run / "figures.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert "  recommended: step 2: it has 100% of the most" in str(status(run))
+    next((run / "checkpoints" / "step_000002").glob("*.safetensors")).write_bytes(b"")
+    assert status(run).recommended.step == 4
 
 
 def test_a_run_that_has_only_begun_has_nothing_yet(tmp_path):
@@ -272,26 +282,6 @@ def test_in_a_notebook_it_is_a_table_with_the_curve_and_names_are_text(run):
     assert rows["folder"] == str(run)
     assert rows["steps lost if it stopped now"] == "2"
     assert [len(line.get("points").split()) for line in page.iter("polyline")] == [6, 6]
-
-
-def test_the_curve_goes_from_the_first_step_to_the_last_and_up_where_the_loss_is_high():
-    lines = ElementTree.fromstring(_curve([(1, 0.5), (3, 1.0), (5, 0.0)])).iter("polyline")
-    losses, means = ([[*map(float, point.split(","))] for point in line.get("points").split()] for line in lines)
-    (x1, y1), (x2, y2), (x3, y3) = losses
-    assert x2 - x1 == pytest.approx(x3 - x2) and x1 < x2
-    assert y2 < y1 < y3 and y1 - y2 == pytest.approx(y3 - y1)
-    # The means of 0.5; 0.5 and 1; all three.
-    assert [x for x, _ in means] == [x1, x2, x3]
-    assert [y for _, y in means] == pytest.approx([y1, (y1 + y2) / 2, y1])
-    assert "nan" not in _curve([(1, 0.5), (1, 0.5)])
-
-
-def test_many_losses_become_few_means_that_leave_none_out():
-    losses = [(step, float(step)) for step in range(1, 1001)]
-    means = _means(losses, 10)
-    assert means == [(100 * part, 100 * part - 49.5) for part in range(1, 11)]
-    assert _sparkline(losses, 8) == "▁▂▃▄▅▆▇█"
-    assert _sparkline([(1, 2.0), (2, 2.0)]) == "▁▁"
 
 
 def test_a_loss_that_is_no_number_is_left_out(run):

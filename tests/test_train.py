@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import CLIPTextModel
 
-from dbkit import DbkitError, TrainConfig, train
+from dbkit import DbkitError, TrainConfig, status, train
 from dbkit.checkpoint import find_fault
 from dbkit.models import WEIGHTS, load_models, read_weights
 from dbkit.optimizers import LIBRARIES
@@ -745,6 +745,23 @@ def test_checkpoints_come_at_their_steps_and_the_oldest_go(config):
     assert find_fault(folder / "step_000008", step=8) is None
     assert load_models(folder / "step_000008").facts.resolution == 64
     assert [path.name for path in (config.output_dir / "resume").iterdir()] == ["step_000009"]
+
+
+def test_the_recommended_checkpoint_stays_here_and_at_home_beside_the_last_ones(config, monkeypatch, tmp_path):
+    worth = {0: 0.5, 2: 0.5, 4: 0.1, 6: 0.4, 8: 0.4, 9: 0.4}
+
+    def measure(self, step):
+        with (self.run / "figures.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "validation_loss": worth[step]}) + "\n")
+
+    monkeypatch.setattr("dbkit.judge.Judge.__call__", measure)
+    places = {"output_dir": tmp_path / "home" / "run", "local_dir": tmp_path / "fast"}
+    places["output_dir"].parent.mkdir()
+    saves = {"max_train_steps": 9, "save_model_every_n_steps": 2, "checkpoints_total_limit": 1, "judge_steps": True}
+    train(config, **places, **saves)
+    for folder in (places["output_dir"], places["local_dir"] / "run"):
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000004", "step_000008"]
+    assert status(places["output_dir"]).recommended.step == 4
 
 
 def test_without_saving_in_between_there_is_only_the_end(config):

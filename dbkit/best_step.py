@@ -1,0 +1,87 @@
+"""Which saved step of a run is best, by the figures that were measured while it trained; no model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dbkit.run_folder import finite
+
+# What of the best is good enough: what comes later adds little, and costs what no figure sees.
+SHARE = 0.9
+# Each figure that is measured, and how to read it.
+MEANINGS = {
+    "subject_fidelity": "likeness of the previews to the subject; higher is closer",
+    "prompt_fidelity": "agreement of the previews with their prompts; falls where the subject is all that is drawn",
+    "class_leak": "drift: likeness of the class's previews to the subject; should stay as at step 0",
+    "validation_loss": "loss on the photographs at fixed noise; falls as they are learnt, and by heart too",
+    "class_loss": "loss on the class images at fixed noise; rises where the class is forgotten",
+}
+# What is gained by learning, and what the class loses, each with the sign of a gain: of judged previews, or without.
+_JUDGED = (("subject_fidelity", 1), ("class_leak", -1))
+_UNJUDGED = (("validation_loss", -1), ("class_loss", -1))
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A step of a run to use, and why, as the end of a sentence."""
+
+    step: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"step {self.step} is recommended: {self.reason}"
+
+
+def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommendation | None:
+    """The best of some steps by the lines of a figures.jsonl; None where step 0 or none of them was measured.
+
+    A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
+    photographs, the loss in likeness of the class's previews to them. The earliest step that is worth SHARE of the
+    best one is recommended. Where previews were not judged, the gain is how far the loss at fixed noise fell, and the
+    loss how far that on class images rose.
+    """
+    lines = {line["step"]: line for line in figures}
+    base = lines.get(0, {})
+    gained, lost = _JUDGED if finite(base.get(_JUDGED[0][0])) else _UNJUDGED
+    usable = sorted(step for step in among if step and finite(lines.get(step, {}).get(gained[0])))
+    if not usable or not finite(base.get(gained[0])):
+        return None
+    worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in usable}
+    best = max(worth.values())
+    if best <= 0:
+        step = max(usable, key=worth.__getitem__)
+        return Recommendation(step, "no step gained what its class did not lose; train longer or at a higher rate")
+    step = next(step for step in usable if worth[step] >= SHARE * best)
+    what = (
+        "likeness to the subject" if gained is _JUDGED[0] else "what the photographs teach (previews were not judged)"
+    )
+    reason = f"it has {worth[step] / best:.0%} of the most that any step gained in {what}"
+    return Recommendation(step, f"{reason}; {_afterwards(lines, step, lost, best)}")
+
+
+def _afterwards(lines: dict[int, dict[str, Any]], step: int, lost: tuple[str, int], best: float) -> str:
+    """What the steps after one did, in words."""
+    own, later = lines[step], [line for number, line in lines.items() if number > step]
+    if not later:
+        return "it is the last one, and more steps may add more"
+    signs = []
+    if max(_loss(lost, own, line) for line in later) > (1 - SHARE) * best:
+        signs.append("the class drifts")
+    # Against what the words agreed with at the beginning, since judges differ in their scales.
+    most = (1 - SHARE) * abs(lines[0].get("prompt_fidelity") or 0)
+    if max(_loss(("prompt_fidelity", 1), own, line) for line in later) > most > 0:
+        signs.append("pictures follow their prompts less")
+    return f"after {step} {' and '.join(signs)}" if signs else f"what comes after {step} adds little"
+
+
+def _gain(figure: tuple[str, int], before: dict[str, Any], after: dict[str, Any]) -> float:
+    """How much better a figure became; 0 where it was not measured."""
+    name, sign = figure
+    known = finite(before.get(name)) and finite(after.get(name))
+    return sign * (after[name] - before[name]) if known else 0.0
+
+
+def _loss(figure: tuple[str, int], before: dict[str, Any], after: dict[str, Any]) -> float:
+    return max(0.0, -_gain(figure, before, after))

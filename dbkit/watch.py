@@ -1,0 +1,106 @@
+"""watch(): a run as it goes on, in one place of a notebook or a line of a terminal; train() shows itself so too."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dbkit import processes
+from dbkit.config import WatchConfig
+from dbkit.settings import configured_by
+from dbkit.status import RunStatus, duration, status, status_at_work
+
+# Showing may take this share of the time, and happens once a second at most.
+_SHARE, _LEAST = 0.01, 1.0
+# Where lines cannot be written over, one a minute is enough.
+_EVERY_LINE = 60.0
+
+
+@configured_by(WatchConfig)
+def watch(config: WatchConfig) -> None:
+    """Show how far a run is, again and again, until no process of this machine trains it, or the cell is interrupted.
+
+    Everything is read from the run's files, so it works after a reload, in another notebook and beside the training.
+    Raises DbkitError where there is no such run.
+    """
+    show = _Region() if in_notebook() else _Line()
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            shown = status(config.run)
+            ended = not shown.at_work and (shown.finished or shown.at_work is False)
+            show(shown, last=ended)
+            if ended:
+                return
+            time.sleep(config.every_seconds)
+
+
+def screen_of(run: Path, home: Path, total: int) -> Callable[[int], None] | None:
+    """What a training in a notebook tells its steps: it shows the run in one place. None elsewhere.
+
+    total is the run's number of steps.
+    """
+    if not in_notebook() or processes.rank() > 0:
+        return None
+    region, due = _Region(), 0.0
+
+    def show(step: int) -> None:
+        nonlocal due
+        began = time.monotonic()
+        if began < due and step < total:
+            return
+        # What only shows must not end a training.
+        with contextlib.suppress(OSError):
+            region(status_at_work(run, home, step, total))
+        now = time.monotonic()
+        due = now + max(_LEAST, (now - began) / _SHARE)
+
+    return show
+
+
+def in_notebook() -> bool:
+    """Whether this is the kernel of a notebook, whose outputs can be shown in place."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+class _Region:
+    """One place in a cell's output: a table, and below it the newest preview, sent only when there is another."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.preview: Path | None = None
+
+    def __call__(self, shown: RunStatus, last: bool = False) -> None:
+        from IPython.display import HTML, display
+
+        if not self.handles:
+            self.handles = [display(HTML(""), display_id=True) for _ in range(2)]
+        table, picture = self.handles
+        table.update(HTML(shown.as_table()))
+        if shown.newest_preview != self.preview:
+            self.preview = shown.newest_preview
+            picture.update(HTML(shown.as_picture()))
+
+
+class _Line:
+    """A line of a terminal that is written over; in a file, where that cannot be, one now and then. All at the end."""
+
+    def __init__(self) -> None:
+        self.due = 0.0
+
+    def __call__(self, shown: RunStatus, last: bool) -> None:
+        line = shown.head()
+        line += f", loss {shown.loss:.4f}" if shown.loss is not None else ""
+        line += f", about {duration(shown.seconds_left)} left" if shown.seconds_left else ""
+        if last:
+            print(f"\r\033[K{shown}" if sys.stdout.isatty() else shown, flush=True)
+        elif sys.stdout.isatty():
+            print(f"\r\033[K{line}", end="", flush=True)
+        elif time.monotonic() >= self.due:
+            self.due = time.monotonic() + _EVERY_LINE
+            print(line, flush=True)

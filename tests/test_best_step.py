@@ -1,0 +1,63 @@
+"""Recommended is the earliest step that has nearly all that was gained, less what the class lost."""
+
+import pytest
+
+from dbkit.best_step import recommend
+
+
+def lines(steps=range(0, 700, 100), **figures):
+    """Lines of a figures.jsonl: for each figure its value at each step."""
+    return [{"step": step, **{name: float(v[n]) for name, v in figures.items()}} for n, step in enumerate(steps)]
+
+
+LEARNT = [0.0, 0.3, 0.75, 0.78, 0.8, 0.8, 0.79]
+STEPS = range(100, 700, 100)
+
+
+def test_of_steps_that_are_nearly_as_good_the_earliest_is_taken():
+    found = recommend(lines(subject_fidelity=LEARNT), STEPS)
+    assert found.step == 200
+    assert str(found) == (
+        "step 200 is recommended: it has 94% of the most that any step gained in likeness to the subject; what comes "
+        "after 200 adds little"
+    )
+
+
+def test_likeness_that_the_class_took_on_too_does_not_count():
+    leak = [0.2, 0.2, 0.5, 0.2, 0.2, 0.4, 0.5]
+    found = recommend(lines(subject_fidelity=LEARNT, class_leak=leak), STEPS)
+    assert found.step == 300 and found.reason.endswith("; after 300 the class drifts")
+    # A class that becomes less like the subject has lost nothing, and gains nothing either.
+    assert recommend(lines(subject_fidelity=LEARNT, class_leak=[0.2, -0.9, *[0.2] * 5]), STEPS).step == 200
+
+
+def test_prompts_that_count_less_later_are_said():
+    found = recommend(lines(subject_fidelity=LEARNT, prompt_fidelity=[0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.26]), STEPS)
+    assert found.reason.endswith("; after 200 pictures follow their prompts less")
+
+
+def test_only_steps_that_are_there_are_recommended():
+    assert recommend(lines(subject_fidelity=LEARNT), [400, 600]).step == 400
+    assert recommend(lines(subject_fidelity=[0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), STEPS).reason.endswith(
+        "; it is the last one, and more steps may add more"
+    )
+
+
+def test_without_judged_previews_the_loss_at_fixed_noise_decides_and_that_is_said():
+    falling = [0.2, 0.12, 0.105, 0.101, 0.1, 0.1, 0.1]
+    found = recommend(lines(validation_loss=falling), STEPS)
+    assert found.step == 200 and "what the photographs teach (previews were not judged)" in found.reason
+    forgotten = [0.1, 0.1, 0.15, 0.1, 0.1, 0.1, 0.1]
+    assert recommend(lines(validation_loss=falling, class_loss=forgotten), STEPS).step == 300
+
+
+def test_where_nothing_was_gained_the_step_that_lost_least_is_named():
+    found = recommend(lines(subject_fidelity=[0.5, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]), STEPS)
+    assert found.step == 200 and found.reason.startswith("no step gained")
+
+
+@pytest.mark.parametrize(
+    "measured", [[], lines(subject_fidelity=LEARNT)[1:], lines(subject_fidelity=LEARNT)[:1], [{"step": 0}, {"step": 5}]]
+)
+def test_nothing_is_recommended_where_too_little_was_measured(measured):
+    assert recommend(measured, STEPS) is None

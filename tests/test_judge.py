@@ -1,0 +1,119 @@
+"""Each saved step is measured by what is there already, the same whenever it is asked, and training is not touched."""
+
+import types
+
+import pytest
+import torch
+
+from dbkit import embedded, train
+from dbkit.concepts import Concept
+from dbkit.evaluate import Dino
+from dbkit.images import list_images, read_image, render
+from dbkit.judge import Judge
+from dbkit.log import read_log
+from dbkit.models import read_weights
+
+MEASURED = {"judge_steps": True, "save_model_every_n_steps": 1}
+
+
+def run_embedded(folder, class_images, **changes):
+    """Four steps on the sample poodle with two class images, saved at the second; returns the run's folder."""
+    settings = {
+        "pretrained_model_name_or_path": embedded.NAME,
+        "instance_data_dir": embedded.data_templates() / embedded.SAMPLE,
+        "instance_prompt": "photo of zwx dog",
+        "with_prior_preservation": True,
+        "class_prompt": "photo of a dog",
+        "class_data_dir": class_images,
+        "output_dir": folder,
+        "resolution": embedded.RESOLUTION,
+        "save_model_every_n_steps": 2,
+        "device": "cpu",
+    }
+    train(**embedded.TRAINING | settings | {"max_train_steps": 4, "num_class_images": 2} | changes)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    place = tmp_path_factory.mktemp("judged")
+    return run_embedded(place / "run", place / "class")
+
+
+def test_each_step_has_its_figures_and_step_0_those_of_the_base(judged):
+    lines = read_log(judged / "figures.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak"}
+    assert all(line.keys() == names for line in lines)
+    assert lines[2]["validation_loss"] < lines[0]["validation_loss"]
+
+
+def test_likeness_is_that_of_the_preview_pictures_to_the_photographs(judged):
+    dino = Dino(embedded.DINO, torch.device("cpu"))
+    folder = embedded.data_templates() / embedded.SAMPLE
+    photographs = dino([render(read_image(path), (32, 32)) for path in list_images(folder)])
+    subject, of_class = (read_image(path) for path in sorted((judged / "previews" / "step_000004").glob("*.png")))
+    line = read_log(judged / "figures.jsonl")[-1]
+    assert line["subject_fidelity"] == pytest.approx((dino([subject]) @ photographs.T).mean().item(), abs=1e-5)
+    assert line["class_leak"] == pytest.approx((dino([of_class]) @ photographs.T).mean().item(), abs=1e-5)
+
+
+def test_a_training_that_is_not_measured_is_the_same(judged, tmp_path):
+    plain = run_embedded(tmp_path / "plain", judged.parent / "class", judge_steps=False, auto_test_model=False)
+    one, two = (read_weights(folder / "model", "unet") for folder in (judged, plain))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not (plain / "figures.jsonl").exists()
+
+
+def test_without_previews_or_judges_the_loss_is_measured_and_that_is_said_once(settings, tmp_path, capsys):
+    train(**settings | MEASURED)
+    names = [line.keys() for line in read_log(tmp_path / "run" / "figures.jsonl")]
+    assert names == [{"step", "validation_loss"}] * 3
+    assert "not judged" not in capsys.readouterr().out
+    train(**settings | MEASURED | {"auto_test_model": True, "output_dir": tmp_path / "other"})
+    assert capsys.readouterr().out.count("previews are not judged, since openai/clip-vit-base-patch32 or ") == 1
+    assert read_log(tmp_path / "other" / "figures.jsonl") == read_log(tmp_path / "run" / "figures.jsonl")
+
+
+def test_a_run_that_goes_on_keeps_the_figures_of_the_steps_it_has_and_measures_the_others_again(settings, tmp_path):
+    train(**settings | MEASURED)
+    path = tmp_path / "run" / "figures.jsonl"
+    whole = path.read_text().splitlines()
+    path.write_text("\n".join([*whole, '{"step": 9, "validation_loss": 1.0}', '{"step": 3, "vali']))
+    train(**settings | MEASURED | {"max_train_steps": 3})
+    lines = path.read_text().splitlines()
+    assert lines[:3] == whole and [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
+
+
+def test_a_figure_that_cannot_be_written_ends_no_training(settings, tmp_path, capsys):
+    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
+    judge = Judge.__new__(Judge)
+    judge.on, judge.known, judge.run, judge.losses, judge.blind = True, set(), tmp_path / "run", dict, True
+    judge.plan = types.SimpleNamespace(previews=[])
+    judge(1)
+    assert "step 1 is not measured: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("photo of zwx dog", [0]),
+        ("a painting of zwx", [0]),
+        ("ukj cat and zwx dog", [0, 1]),
+        ("photo of a dog", []),
+    ],
+)
+def test_a_preview_is_of_the_concepts_whose_own_words_it_has(tmp_path, prompt, named):
+    concepts = [
+        Concept(tmp_path, "photo of zwx dog", "photo of a dog"),
+        Concept(tmp_path, "photo of ukj cat", "photo of a cat"),
+    ]
+    judge = Judge.__new__(Judge)
+    judge.plan = types.SimpleNamespace(concepts=concepts)
+    assert judge._named(prompt) == named
+
+
+def test_every_preview_of_a_native_training_is_of_its_images(tmp_path):
+    judge = Judge.__new__(Judge)
+    judge.plan = types.SimpleNamespace(concepts=[Concept(tmp_path)])
+    assert judge._named("a house in zwx style") == [0]

@@ -1,0 +1,112 @@
+"""A run is watched from its files, in one place that is written over, until it ends or somebody has seen enough."""
+
+import _thread
+import contextlib
+import queue
+import sys
+import threading
+
+import pytest
+from jupyter_client.manager import KernelManager
+from test_status import at_work, run, trained  # noqa: F401
+
+from dbkit import DbkitError, watch
+from dbkit.cli import main
+from dbkit.mirror import Mirror
+from dbkit.status import status_at_work
+
+
+def test_a_run_at_which_nobody_works_is_shown_once(run, capsys):  # noqa: F811
+    assert watch(run) is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "dog: step 6 of 8 (75%), no process here is at work"
+    assert sum(line.startswith("dog: ") for line in lines) == 1 and "  steps lost if it stopped now: 2" in lines
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
+def test_it_goes_on_as_long_as_somebody_works_at_the_run(run, monkeypatch, capsys):  # noqa: F811
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(at_work(run))
+        # Instead of waiting, the other process ends.
+        monkeypatch.setattr("time.sleep", lambda seconds: stack.close())
+        watch(run)
+    heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dog: ")]
+    assert heads[0].startswith("dog: step 6 of 8 (75%), a process is at work, loss ")
+    assert heads[1:] == ["dog: step 6 of 8 (75%), no process here is at work"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
+def test_an_interruption_ends_it_quietly(run, capsys):  # noqa: F811
+    with at_work(run):
+        threading.Timer(0.5, _thread.interrupt_main).start()
+        assert watch(run, every_seconds=60) is None
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_command_shows_the_same_and_a_run_that_is_not_there_is_a_sentence(run, capsys):  # noqa: F811
+    assert main(["watch", str(run)]) == 0
+    assert "None" not in capsys.readouterr().out
+    with pytest.raises(DbkitError, match="there is no run"):
+        watch(run.with_name("cat"))
+
+
+def test_who_trains_asks_no_home_and_knows_from_the_mirror_what_is_there(run, tmp_path):  # noqa: F811
+    home = tmp_path / "home" / "dog"
+    home.parent.mkdir()
+    mirror = Mirror(run, home)
+    mirror.commit(run / "resume" / "step_000004", keep=1)
+    assert mirror.close() == []
+    shown = status_at_work(run, home, step=7, total=8)
+    assert (shown.step, shown.lost_steps, shown.lost_steps_without_local) == (7, 3, 3)
+    assert "last saved state at home: step 4" in str(shown)
+    # What is lost at home now is not noticed, since only the mirror's word is read.
+    (home.parent / "dog").rename(home.with_name("gone"))
+    assert status_at_work(run, home, step=7, total=8).lost_steps_without_local == 3
+    (run / "mirror.json").write_text(
+        (run / "mirror.json").read_text().replace('"waiting": []', '"waiting": ["resume/step_000004", "model"]')
+    )
+    assert status_at_work(run, home, step=7, total=8).lost_steps_without_local == 7
+
+
+def test_in_a_notebook_a_training_and_a_watch_have_one_place_each_and_print_no_bar(tmp_path, settings):
+    said = [
+        "import dbkit",
+        f"dbkit.train(**{ {name: str(v) if name.endswith('_dir') else v for name, v in settings.items()} })",
+        f"dbkit.watch({str(settings['output_dir'])!r})",
+    ]
+    _, training, watching = outputs_of(said)
+    for messages in (training, watching):
+        assert [kind for kind, _ in messages].count("display_data") == 2
+    last = [content for kind, content in training if kind == "update_display_data"][-1]["data"]["text/html"]
+    assert "step 2 of 2 (100%), a process is at work" in last and "<progress" in last
+    # At most the first step and the last one within a second.
+    assert len([kind for kind, _ in training if kind == "update_display_data"]) <= 10
+    assert not any("training:" in content["text"] for kind, content in training if kind == "stream")
+    (table,) = [content["data"]["text/html"] for kind, content in watching if kind == "update_display_data"]
+    assert "step 2 of 2 (100%), finished" in table and "<progress" not in table
+
+
+def outputs_of(cells):
+    """The outputs of each cell in a fresh kernel, as (kind of message, content)."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=120)
+        found = []
+        for cell in cells:
+            messages = []
+            reply = client.execute_interactive(
+                cell,
+                timeout=240,
+                output_hook=lambda message, to=messages: to.append((message["msg_type"], message["content"])),
+            )
+            assert reply["content"]["status"] == "ok", reply["content"]
+            found.append(messages)
+        return found
+    except queue.Empty as error:
+        raise AssertionError("the kernel does not answer") from error
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
