@@ -24,7 +24,7 @@ from dbkit.memory import (
     step_peak,
 )
 from dbkit.models import load_models
-from dbkit.plan import cheapest_changes, out_of_memory_is_told, plan
+from dbkit.plan import cheapest_changes, in_short, out_of_memory_is_told, plan
 from dbkit.settings import replace
 from dbkit.state import make_state
 
@@ -105,6 +105,13 @@ def test_changes_fit_when_they_are_estimated_again_and_none_is_superfluous(setti
             if name == "train_batch_size":
                 fewer.pop("gradient_accumulation_steps")
             assert need(replace(config, **fewer)) > limit
+
+
+def test_in_short_it_fits_where_a_tenth_is_left_over():
+    line = "memory of a step: about 9.0 GB, and {} GB are free on Tesla T4: {}"
+    assert in_short(9_000_000_000, 10_000_000_000, "Tesla T4") == line.format("10.0", "it fits")
+    fault = "it does not fit; dbkit plan says what makes it fit"
+    assert in_short(9_000_000_000, 9_900_000_000, "Tesla T4") == line.format("9.9", fault)
 
 
 def test_where_nothing_helps_it_says_so(settings):
