@@ -18,7 +18,7 @@ LISTED = """
     captioners captioning examples tensor_files models sampling class_images cache losses checkpoint copies mirror
     trackers log run_folder status resume saves rounding in_backward optimizers receipts keys families lora_files lora
     ema state keeper counting memory auto preview evaluate hub planning plan train layouts original_config downloads
-    stored_models proof convert extract demo saved_models suggestions forms editor cli
+    stored_models proof convert extract demo saved_models suggestions train_summary forms editor cli
 """
 ORDER = LISTED.split()
 
