@@ -5,9 +5,10 @@ Nothing is loaded, printed, written, or asked of the Hub.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 from dbkit.auto import settings_and_reasons
@@ -29,7 +30,7 @@ MOST_PICTURES = 200
 class Background(Generic[Value]):
     """Shows the steps of some work on the value that was given last, from a thread that ends with it."""
 
-    def __init__(self, steps: Callable[[Value], Iterator[str]], show: Callable[[str], None]) -> None:
+    def __init__(self, steps: Callable[[Value], Generator[str, None, None]], show: Callable[[str], None]) -> None:
         self._steps, self._show = steps, show
         self._lock, self._thread = threading.Lock(), None
         self._waiting: list[Value] = []
@@ -55,14 +56,15 @@ class Background(Generic[Value]):
                     self._thread = None
                     return
                 value = self._waiting.pop()
-            for text in self._steps(value):
-                with self._lock:
-                    if self._waiting:
-                        break
-                    self._show(text)
+            with contextlib.closing(self._steps(value)) as texts:
+                for text in texts:
+                    with self._lock:
+                        if self._waiting:
+                            break
+                        self._show(text)
 
 
-def summarize(config: TrainConfig | None) -> Iterator[str]:
+def summarize(config: TrainConfig | None) -> Generator[str, None, None]:
     """The summary as HTML, with more in it each time; nothing for settings that are not right."""
     if config is None:
         yield ""
