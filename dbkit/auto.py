@@ -52,25 +52,34 @@ def choose_settings(config: TrainConfig, run: Path, device: torch.device, dtype:
 
     A run that goes on keeps what it ran with, but for gradient_checkpointing, which changes memory and not the result.
     """
+    config, reasons = settings_and_reasons(config, run, device, dtype)
+    for reason in reasons:
+        print(reason)
+    return config
+
+
+def settings_and_reasons(
+    config: TrainConfig, run: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[TrainConfig, list[str]]:
+    """What choose_settings() returns, and the sentences that it prints."""
     import torch
 
+    reasons = []
     if config.memory == "tiny" and (dtype != torch.bfloat16 or device.type == "mps"):
         config = replace(config, memory="small")
         where = "Apple's GPUs" if device.type == "mps" else "this GPU"
-        print(f"memory tiny computes in bf16, which {where} cannot do well; memory small takes its place")
+        reasons.append(f"memory tiny computes in bf16, which {where} cannot do well; memory small takes its place")
     left = _left(config)
     if not left:
-        if config.auto:
-            print("auto has nothing to choose: all that it chooses is given")
-        return replace(config, auto=False)
+        reasons += ["auto has nothing to choose: all that it chooses is given"] * config.auto
+        return replace(config, auto=False), reasons
     kept = {} if config.start_over else _kept(run, left)
     if kept:
-        print(f"auto: {run} goes on with {_listed(kept)}")
+        reasons.append(f"auto: {run} goes on with {_listed(kept)}")
     images = [len(training_images(concept.instance_data_dir)) for concept in concepts_of(config)]
-    chosen, reasons = choose(replace(config, **kept), images, machine_of(config, device, dtype))
-    for reason in reasons:
-        print(f"auto: {reason}")
-    return replace(config, **kept, **chosen, auto=False)
+    chosen, why = choose(replace(config, **kept), images, machine_of(config, device, dtype))
+    reasons += [f"auto: {reason}" for reason in why]
+    return replace(config, **kept, **chosen, auto=False), reasons
 
 
 def choose(config: TrainConfig, images: Sequence[int], machine: Machine) -> tuple[dict[str, Any], list[str]]:

@@ -15,7 +15,7 @@ from typing import Any
 from dbkit import processes
 from dbkit.config import COMMANDS
 from dbkit.errors import DbkitError
-from dbkit.settings import Settings, closest, coerce, field_type, is_several, type_name
+from dbkit.settings import Settings, closest, coerce, field_type, groups, is_several, type_name
 
 # Where each command's function is; it is imported when the command runs.
 _FUNCTIONS = {
@@ -129,21 +129,27 @@ def _flags(field: dataclasses.Field) -> dict[str, None]:
 def _add_command(commands: Any, name: str, cls: type[Settings]) -> None:
     command = commands.add_parser(name, help=cls.__doc__, description=cls.__doc__, allow_abbrev=False)
     command.add_argument("--config", metavar="FILE", help="YAML file with settings; flags win over it")
-    for field in dataclasses.fields(cls):
-        kind = field_type(cls, field.name)
-        # What is not given stays out of the result, so that flags change only what they name.
-        options = {"default": argparse.SUPPRESS, "help": _help(field)}
-        if field.metadata.get("positional"):
-            command.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
-            continue
-        flags = _flags(field)
-        if kind is bool:
-            command.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, **options)
-        else:
-            named = type_name(kind).partition(",")[0]
-            metavar = f"{{{named.replace(' / ', ',')}}}" if " / " in named else named.upper().replace(" ", "_")
-            action = "append" if is_several(kind) else "store"
-            command.add_argument(*flags, dest=field.name, metavar=metavar, action=action, **options)
+    for title, fields in groups(cls):
+        group = command.add_argument_group(title) if title else command
+        for field in fields:
+            _add_flag(group, cls, field)
+
+
+def _add_flag(group: Any, cls: type[Settings], field: dataclasses.Field) -> None:
+    kind = field_type(cls, field.name)
+    # What is not given stays out of the result, so that flags change only what they name.
+    options = {"default": argparse.SUPPRESS, "help": _help(field)}
+    if field.metadata.get("positional"):
+        group.add_argument(field.name, nargs="?", metavar=field.name.upper(), **options)
+        return
+    flags = _flags(field)
+    if kind is bool:
+        group.add_argument(*flags, dest=field.name, action=argparse.BooleanOptionalAction, **options)
+    else:
+        named = type_name(kind).partition(",")[0]
+        metavar = f"{{{named.replace(' / ', ',')}}}" if " / " in named else named.upper().replace(" ", "_")
+        action = "append" if is_several(kind) else "store"
+        group.add_argument(*flags, dest=field.name, metavar=metavar, action=action, **options)
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -74,33 +74,51 @@ class CaptionConfig(Settings):
     existing: Literal["keep", "append", "prepend", "replace"] = setting(
         "keep",
         "what happens to a text that is there: nothing, the new one goes after it, before it, or in its place; the same settings never write into one text twice",
+        needs="captioner",
     )
-    prefix: str = setting("", "text before each new caption, for instance: photo of ohwx dog")
+    prefix: str = setting("", "text before each new caption, for instance: photo of ohwx dog", needs="captioner")
     model: str | None = setting(
         None,
         "folder or Hugging Face id of another model of that kind (a tagger has model.onnx and selected_tags.csv); empty: a pinned one",
         advanced=True,
+        needs="captioner",
     )
-    batch_size: int = setting(8, "images captioned at once", min=1, max=256, advanced=True)
-    max_new_tokens: int = setting(30, "longest sentence of BLIP, in its tokens", min=1, max=75, advanced=True)
-    num_beams: int = setting(3, "beams of BLIP's search; more is slower and more careful", min=1, max=16, advanced=True)
-    threshold: float = setting(0.35, "the tagger keeps tags that are at least so probable", min=0, max=1)
+    batch_size: int = setting(8, "images captioned at once", min=1, max=256, advanced=True, needs="captioner")
+    max_new_tokens: int = setting(
+        30, "longest sentence of BLIP, in its tokens", min=1, max=75, advanced=True, needs="captioner=blip"
+    )
+    num_beams: int = setting(
+        3,
+        "beams of BLIP's search; more is slower and more careful",
+        min=1,
+        max=16,
+        advanced=True,
+        needs="captioner=blip",
+    )
+    threshold: float = setting(
+        0.35, "the tagger keeps tags that are at least so probable", min=0, max=1, needs="captioner=tagger"
+    )
     blacklist: tuple[str, ...] = setting(
         (),
         "tags that are never written, with spaces or underscores; several may stand in one text, with commas between",
         advanced=True,
+        needs="captioner=tagger",
     )
     underscores: bool = setting(
         False,
         "keep the underscores of tags; off: long_hair becomes long hair; emoticons such as ^_^ keep theirs",
         advanced=True,
+        needs="captioner=tagger",
     )
     escape: bool = setting(
         False,
         "write brackets in tags as \\( and \\), as user interfaces want them in prompts; training wants them plain",
         advanced=True,
+        needs="captioner=tagger",
     )
-    device: DEVICES = setting("auto", "where to compute: auto takes a GPU if there is one", advanced=True)
+    device: DEVICES = setting(
+        "auto", "where to compute: auto takes a GPU if there is one", advanced=True, needs="captioner"
+    )
 
 
 @dataclass(frozen=True)

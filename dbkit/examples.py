@@ -68,6 +68,15 @@ def instance_examples(config: TrainConfig, concepts: list[Concept]) -> list[Exam
     return _masked(examples) if config.masked_loss else examples
 
 
+def unread_examples(config: TrainConfig, concepts: list[Concept]) -> list[Example]:
+    """The same images with the same prompts, before any is decoded: all in the size of the settings, unchecked."""
+    return [
+        Example(path, prompts, (), config.size, "", number)
+        for number, concept in enumerate(concepts)
+        for path, prompts in _prompts(config, concept, training_images(concept.instance_data_dir)).items()
+    ]
+
+
 def _masked(examples: list[Example]) -> list[Example]:
     """The examples with their masks. Raises DbkitError if there is none at all, or naming all that cannot be used."""
     found, faults = [], []
@@ -206,6 +215,11 @@ def fingerprint(examples: list[Example]) -> str:
 
 def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
     """What was found, for people: images and first prompts of each concept, sizes, and what the crops cut off."""
+    return describe_prompts(examples, concepts) + describe_pictures(examples)
+
+
+def describe_prompts(examples: list[Example], concepts: list[Concept]) -> list[str]:
+    """How many images each concept has, and their first prompts."""
     lines = []
     for number, concept in enumerate(concepts):
         own = [example for example in examples if example.concept == number]
@@ -213,13 +227,17 @@ def describe(examples: list[Example], concepts: list[Concept]) -> list[str]:
         lines.append(f"{name}; the first one's prompt: {own[0].prompt}")
         # Further prompts only say something where they differ.
         lines += [f"  {example.path.name}: {example.prompt}" for example in own[1:3] if example.prompt != own[0].prompt]
+    return lines
+
+
+def describe_pictures(examples: list[Example]) -> list[str]:
+    """In which sizes images are trained, what their crops cut off, their versions and masks, and which are enlarged."""
     counts: dict[Size, int] = {}
     for example in examples:
         counts[example.size] = counts.get(example.size, 0) + 1
     sizes = ", ".join(f"{count} of {width} x {height}" for (width, height), count in sorted(counts.items()))
     kept = sum(example.kept for example in examples) / len(examples)
-    lines.append(f"trained as {sizes}; the crops keep {kept:.0%} of the pictures")
-    lines += _versions(examples)
+    lines = [f"trained as {sizes}; the crops keep {kept:.0%} of the pictures", *_versions(examples)]
     whole = [example.path.name for example in examples if not example.mask]
     if len(whole) < len(examples):
         rest = f"; these count whole: {some(whole)}" if whole else ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
+import types
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -18,11 +19,16 @@ from traitlets import TraitError
 from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import write_text
-from dbkit.settings import Settings, field_type, is_optional, is_several, read_yaml
+from dbkit.settings import Settings, checked, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
+from dbkit.train_config import TrainConfig
+from dbkit.train_summary import Background, summarize
 from dbkit.workspace import Workspace
 
 Config = TypeVar("Config", bound=Settings)
+_HEADING = "<h3 style='margin:12px 0 0'>{}</h3>"
+# The widgets' own lines are as high as their fields.
+_DENSE = "line-height:1.4;padding-top:4px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
@@ -37,39 +43,39 @@ class Form(widgets.VBox, Generic[Config]):
     def __init__(self, cls: type[Config], workspace: Workspace, name: str) -> None:
         self._cls, self._workspace, self._file = cls, workspace, workspace.settings_file(name)
         # What is typed here is kept in the workspace, so a secret has no field.
-        names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("secret")]
+        self._fields = [field for field in dataclasses.fields(cls) if not field.metadata.get("secret")]
+        names = [field.name for field in self._fields]
         self._chosen = {key: value for key, value in self._kept().items() if key in names}
         suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
         self._offered = choices(cls, workspace, name)
-        self._left = [field.name for field in dataclasses.fields(cls) if field.metadata.get("auto")]
+        self._left = [field.name for field in self._fields if field.metadata.get("auto")]
         if self._chosen.get("auto", suggested.get("auto")):
             suggested |= {name: None for name in self._left if name not in self._chosen}
         self._inputs: dict[str, widgets.Widget] = {}
-        rows: dict[bool, list[widgets.Widget]] = {False: [], True: []}
-        for field in dataclasses.fields(cls):
-            if field.name in names:
-                default = None if field.default is dataclasses.MISSING else field.default
-                value = self._chosen.get(field.name, suggested.get(field.name, default))
-                rows[bool(field.metadata.get("advanced"))].append(self._row(field, value))
-        self._message = widgets.HTML()
-        folded = widgets.VBox(rows[True], layout=widgets.Layout(display="none"))
-        more = widgets.Checkbox(value=False, description="more settings", indent=False)
-        more.observe(lambda change: setattr(folded.layout, "display", None if change["new"] else "none"), "value")
+        self._notes: dict[str, widgets.HTML] = {}
+        self._rows: dict[str, widgets.HBox] = {}
+        self._hidden: set[str] = set()
+        self._folds: list[tuple[widgets.Checkbox, set[str]]] = []
+        for field in self._fields:
+            default = None if field.default is dataclasses.MISSING else field.default
+            value = self._chosen.get(field.name, suggested.get(field.name, default))
+            self._rows[field.name] = self._row(field, value)
+        sections = [part for title, fields in groups(cls) for part in self._section(title, fields)]
+        self._message, self._summary = widgets.HTML(), widgets.HTML()
+        self._background = Background(summarize, lambda text: setattr(self._summary, "value", text))
         if self._left:
             self._inputs["auto"].observe(lambda change: self._say_left(), "value")
             self._say_left()
-        super().__init__([*_note(suggested), *rows[False], *([more, folded] if rows[True] else []), self._message])
+        super().__init__([*_note(suggested), *sections, self._message, self._summary])
         self._check()
 
     def read(self) -> Config:
-        """The settings as they stand, with relative paths taken from the workspace. Raises DbkitError."""
-        values = {name: self._value(name) for name in self._inputs}
-        # An emptied field means "none" where that is a value, and the default where it is not; or auto chooses it.
-        optional = {name for name in values if is_optional(field_type(self._cls, name))}
-        optional -= set(self._left if values.get("auto") else ())
-        given = {name: value for name, value in values.items() if value is not None or name in optional}
-        config = self._cls.from_dict(given)
-        return self._workspace.anchor(config)
+        """The settings as they stand, with relative paths taken from the workspace. Raises DbkitError.
+
+        It waits for the summary under the form, so that nothing runs beside what is done with them.
+        """
+        self._background.finish()
+        return self._read()
 
     def set(self, **values: Any) -> None:
         """Fill fields in from code, as typing would."""
@@ -78,13 +84,40 @@ class Form(widgets.VBox, Generic[Config]):
                 raise DbkitError(f"there is no field {name!r} in this form")
             self._inputs[name].value = _shown(value, self._inputs[name])
 
+    def _section(self, title: str, fields: list[dataclasses.Field]) -> list[widgets.Widget]:
+        """The fields under a heading: what to set, then the advanced ones, folded away."""
+        heading = [widgets.HTML(_HEADING.format(html.escape(title.capitalize())))] if title else []
+        plain, advanced = [], []
+        for field in fields:
+            if field.name in self._rows:
+                (advanced if field.metadata.get("advanced") else plain).append(field.name)
+        shown = [*heading, *(self._rows[name] for name in plain)]
+        if not advanced:
+            return shown
+        folded = widgets.VBox([self._rows[name] for name in advanced], layout=widgets.Layout(display="none"))
+        more = widgets.Checkbox(description=f"more of {title}" if title else "more settings", indent=False)
+        more.observe(lambda change: _show(folded, change["new"]), "value")
+        self._folds.append((more, set(advanced)))
+        return [*shown, more, folded]
+
+    def _read(self) -> Config:
+        given = {name: value for name, value in self._given().items() if name not in self._hidden}
+        return self._workspace.anchor(self._cls.from_dict(given))
+
+    def _given(self) -> dict[str, Any]:
+        """What the fields say. An emptied one means "none" where that is a value, else the default or auto's choice."""
+        values = {name: self._value(name) for name in self._inputs}
+        optional = {name for name in values if is_optional(field_type(self._cls, name))}
+        optional -= set(self._left if values.get("auto") else ())
+        return {name: value for name, value in values.items() if value is not None or name in optional}
+
     def _kept(self) -> dict[str, Any]:
         return read_yaml(self._file) if self._file.exists() else {}
 
     def _row(self, field: dataclasses.Field, value: Any) -> widgets.Widget:
         kind = field_type(self._cls, field.name)
         if kind is bool and field.metadata.get("auto"):
-            box = widgets.Dropdown(options=("", "on", "off"))
+            box = widgets.Dropdown(options=(("auto, else off", ""), ("on", "on"), ("off", "off")))
         elif kind is bool:
             box = widgets.Checkbox(indent=False)
         elif get_origin(kind) is Literal:
@@ -107,7 +140,8 @@ class Form(widgets.VBox, Generic[Config]):
         box.observe(lambda change: self._changed(field.name), "value")
         self._inputs[field.name] = box
         name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(width="250px"))
-        note = widgets.HTML(html.escape(field.metadata["help"]), layout=widgets.Layout(flex="1 1 300px"))
+        note = self._notes[field.name] = widgets.HTML(layout=widgets.Layout(flex="1 1 300px"))
+        note.value = _help(field)
         return widgets.HBox([name, box, note])
 
     def _relative(self, value: Any) -> Any:
@@ -141,13 +175,42 @@ class Form(widgets.VBox, Generic[Config]):
                 self._inputs[name].placeholder = "auto" if self._inputs["auto"].value else "empty"
 
     def _check(self) -> None:
+        """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect."""
+        given, seen = self._given(), types.SimpleNamespace()
+        for field in self._fields:
+            value, fault = given.get(field.name, field.default), ""
+            if field.name in given:
+                try:
+                    value = checked(self._cls, field, value)
+                except ValueError as error:
+                    fault = f"<br>{_red(f'{field.name} {error}')}"
+            self._notes[field.name].value = _help(field, fault)
+            needs = field.metadata.get("needs")
+            shown = not needs or is_on(seen, needs)
+            _show(self._rows[field.name], shown)
+            (self._hidden.discard if shown else self._hidden.add)(field.name)
+            setattr(seen, field.name, value if shown else field.default)
+        for more, names in self._folds:
+            _show(more, not names <= self._hidden)
         try:
-            self.read()
+            config = self._read()
             self._message.value = ""
         except DbkitError as error:
-            self._message.value = (
-                f"<span style='color:firebrick'>{html.escape(str(error)).replace(chr(10), '<br>')}</span>"
-            )
+            config, self._message.value = None, _red(str(error))
+        if issubclass(self._cls, TrainConfig):
+            self._background.give(config)
+
+
+def _show(widget: widgets.Widget, shown: bool) -> None:
+    widget.layout.display = None if shown else "none"
+
+
+def _help(field: dataclasses.Field, fault: str = "") -> str:
+    return f"<div style='{_DENSE}'>{html.escape(field.metadata['help'])}{fault}</div>"
+
+
+def _red(text: str) -> str:
+    return f"<span style='color:firebrick'>{html.escape(text).replace(chr(10), '<br>')}</span>"
 
 
 def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:

@@ -10,6 +10,7 @@ import urllib.parse
 import urllib.request
 import warnings
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,10 @@ from dbkit.errors import DbkitError
 
 if TYPE_CHECKING:
     import torch
+
+
+# On in the thread of a form: there the Hub is asked for nothing, since its client may ask the user for a token.
+only_cached: ContextVar[bool] = ContextVar("only_cached", default=False)
 
 
 @contextlib.contextmanager
@@ -39,6 +44,10 @@ def hub_options(name: str, file: str = "model_index.json", revision: str | None 
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
+    if only_cached.get():
+        if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            raise DbkitError(f"{file} of {name} is not on this machine yet; dbkit.plan() downloads it, which is quick")
+        return {"local_files_only": True}
     if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
         return {}
     try:

@@ -70,7 +70,7 @@ class Plan:
     peaks are those of the phases on the device, the step first; ram is the highest of the process, on a GPU machine.
     free and ram_free are in bytes, None where they are not known. disk has (folder, needed, free). seconds is what is
     left by the log of the run's last session, None where there is none. changes are the two cheapest that make the
-    training fit; none where it fits, or where nothing helps.
+    training fit; none where it fits, or where nothing helps; None where they were not looked for.
     """
 
     title: str
@@ -82,7 +82,7 @@ class Plan:
     disk: list[tuple[Path, int, int]]
     steps: int
     seconds: float | None
-    changes: list[Change]
+    changes: list[Change] | None
 
     @property
     def peak(self) -> Peak:
@@ -95,7 +95,7 @@ class Plan:
         return None if self.free is None else self.peak.total <= USABLE * self.free
 
     def __str__(self) -> str:
-        rows = list(self._rows())
+        rows = list(self.rows())
         width = max(len(title) for title, _ in rows)
         return "\n".join([self.title, *(f"  {title:<{width}}  {text}" for title, text in rows)])
 
@@ -103,12 +103,12 @@ class Plan:
         left = "style='text-align:left'"  # JupyterLab sets tables to the right, as numbers are
         rows = "".join(
             f"<tr><td {left}>{html.escape(title)}</td><td {left}>{html.escape(text)}</td></tr>"
-            for title, text in self._rows()
+            for title, text in self.rows()
         )
         return f"<p><b>{html.escape(self.title)}</b></p><table>{rows}</table>"
 
-    def _rows(self) -> Iterator[tuple[str, str]]:
-        """What there is to say, each with its title."""
+    def rows(self) -> Iterator[tuple[str, str]]:
+        """What there is to say, each with its title, which is indented where it is a part of what stands above it."""
         yield f"memory, {self.device}", f"{size(self.peak.total)} in {self.peak.phase}{self._verdict()}"
         for kind, count in sorted(self.peak.parts.items(), key=lambda part: -part[1]):
             if count >= 1e6:
@@ -116,14 +116,14 @@ class Plan:
         for peak in self.peaks:
             if peak is not self.peak:
                 yield f"memory in {peak.phase}", size(peak.total)
-        for title, change in zip(("it fits with", "or with"), self.changes):
+        for title, change in zip(("it fits with", "or with"), self.changes or ()):
             yield title, str(change)
         if self.ram:
             free = f", {size(self.ram_free)} free" if self.ram_free else ""
             yield "RAM", f"{size(self.ram.total)} in {self.ram.phase}{free}"
         for title, (folder, needed, free) in zip(("disk", "disk at home"), self.disk):
             yield title, f"{size(needed)} in {folder}, {size(free)} free{'' if needed <= free else ': too little'}"
-        yield "steps", f"{self.steps}; {self._time()}"
+        yield "steps", f"{self.steps}; {self.time}"
 
     def _verdict(self) -> str:
         if self.fits is None:
@@ -131,9 +131,13 @@ class Plan:
         if self.fits:
             return f", {size(self.free)} free: it fits"
         helps = "" if self.changes else "; no settings make it fit: a smaller model or more memory is needed"
+        if self.changes is None:
+            helps = "; dbkit plan says what makes it fit"
         return f", {size(self.free)} free: it does not fit (a tenth is left over, since this is an estimate){helps}"
 
-    def _time(self) -> str:
+    @property
+    def time(self) -> str:
+        """How long it takes from here, in words."""
         if self.seconds is None:
             return "how long they take is known after the first ones"
         return f"about {duration(self.seconds)} to the end, by the log of the last session"
@@ -145,22 +149,45 @@ def plan(config: TrainConfig) -> Plan:
 
     Raises DbkitError where the model's config.json files or the images cannot be read.
     """
-    home = (config.output_dir or default_folder() / "runs" / _method(config)).absolute()
-    run = working_folder(home, config.local_dir)
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.mixed_precision, device)
-    config = choose_settings(config, run, device, dtype)
+    where = Where.of(config)
+    return estimate(choose_settings(config, where.run, where.device, where.dtype), where)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a training takes place: the folder in which it works, the one where it is kept, device and arithmetic."""
+
+    run: Path
+    home: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, config: TrainConfig) -> Where:
+        """As train() chooses it."""
+        home = (config.output_dir or default_folder() / "runs" / _method(config)).absolute()
+        device = choose_device(config.device)
+        dtype = choose_dtype(config.mixed_precision, device, config.memory)
+        return cls(working_folder(home, config.local_dir), home, device, dtype)
+
+
+def estimate(config: TrainConfig, where: Where, search: bool = True) -> Plan:
+    """plan() for settings that leave nothing to be chosen, with nothing printed. search: look for what makes it fit."""
+    device, dtype, home = where.device, where.dtype, where.home
     configs, place = read_configs(config), Place(device.type, dtype)
     check_resolution(config.resolution, model_facts(config.pretrained_model_name_or_path))
     images = sum(len(training_images(concept.instance_data_dir)) for concept in concepts_of(config))
     machine, free_ram = machine_of(config, device, dtype), _free_ram()
     free = free_ram if machine.memory is None else int(machine.memory * 1e9)
     peaks = device_peaks(config, configs, place, *_amounts(config, configs, images))
-    enough = max(peak.total for peak in peaks) <= USABLE * free
+    fits = max(peak.total for peak in peaks) <= USABLE * free
     trained = trained_tensors(config, configs, place)
     steps = config.max_train_steps or math.ceil(
         images * config.num_train_epochs / (config.train_batch_size * config.gradient_accumulation_steps)
     )
+    changes: list[Change] | None = [] if fits else None
+    if search and not fits:
+        changes = cheapest_changes(config, configs, place, images, device, USABLE * free)
     return Plan(
         title=_title(config, dtype),
         device=machine.name,
@@ -168,10 +195,10 @@ def plan(config: TrainConfig) -> Plan:
         peaks=peaks,
         ram=None if device.type == "cpu" else max(process_peaks(config, configs, place), key=lambda peak: peak.total),
         ram_free=free_ram,
-        disk=_disk(config, configs, trained, images, run, home),
+        disk=_disk(config, configs, trained, images, where.run, home),
         steps=steps,
         seconds=_seconds(home, steps),
-        changes=[] if enough else cheapest_changes(config, configs, place, images, device, USABLE * free),
+        changes=changes,
     )
 
 
@@ -328,6 +355,22 @@ def _changed(config: TrainConfig, changes: tuple[tuple[int, dict[str, Any], str]
     off = [name for name, value in settings.items() if value is False]
     unused = {field.name: field.default for field in dataclasses.fields(config) if field.metadata.get("needs") in off}
     return replace(config, **unused, **settings)
+
+
+def say_estimate(config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Print what a step is estimated to take of the GPU; watch() compares it with what it took."""
+    if device.type != "cuda" or processes.shards() or zero.asked():
+        return
+    with contextlib.suppress(DbkitError):  # what is wrong with the model is said when it is loaded
+        needed = step_peak(config, read_configs(config), Place(device.type, dtype)).total
+        machine = machine_of(config, device, dtype)
+        print(in_short(needed, int(machine.memory * 1e9), machine.name))
+
+
+def in_short(needed: int, free: int, device: str) -> str:
+    """What a step takes beside what is free, both in bytes, in a line."""
+    fits = "it fits" if needed <= USABLE * free else "it does not fit; dbkit plan says what makes it fit"
+    return f"memory of a step: about {size(needed)}, and {size(free)} are free on {device}: {fits}"
 
 
 def watch(taken: int, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,6 +63,42 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
 
     run is where the run works, home where it is kept, if that is another folder.
     """
+    check_settings(config, run)
+    concepts = concepts_of(config)
+    instance = instance_examples(config, concepts)
+    previews = preview_prompts(config, instance, concepts)
+    order = make_order(config, concepts, instance)
+    total = total_steps(config, order)
+    # After every other mistake, since this makes a repository.
+    require_hub(config, run.name)
+    for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
+        if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
+            print(f"the earlier run is moved to {move_aside(folder)}")
+    saved = newest_state(run)
+    library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
+    for sentence in (*describe(instance, concepts), *warnings(concepts), *rate_warnings(config)):
+        print(sentence)
+    # Of a run that has as many already, train() says so instead.
+    if saved is None or saved.step < total:
+        print(arithmetic(config, total, order, len(instance)))
+    class_set = _class_examples(config, concepts, instance)
+    require_apart(instance, class_set)
+    order = make_order(config, concepts, instance, class_set)
+    identity = identity_of(config, library, instance, class_set, order.weights)
+    done = check_same_run(saved, identity, run)
+    if 0 < done < total:
+        print(f"continuing after step {done}{of_state(saved)}")
+    for sentence in changes_since(config, run) if saved else of_model(config.pretrained_model_name_or_path):
+        print(sentence)
+    identity["run"] = run_id(saved)
+    rest_after = _rest_after(config, max(total, done), saved)
+    if rest_after:
+        identity[_REST_AFTER] = rest_after
+    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library, rest_after)
+
+
+def check_settings(config: TrainConfig, run: Path) -> None:
+    """Raise DbkitError where the settings do not suit the model's folder, the processes or what is installed."""
     check_processes(config)
     facts = model_facts(config.pretrained_model_name_or_path)
     check_resolution(config.resolution, facts)
@@ -81,39 +118,6 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
         vae_folder(config.pretrained_vae_name_or_path)
     if config.adapter == "lora":
         require_peft()
-    concepts = concepts_of(config)
-    instance = instance_examples(config, concepts)
-    previews = _preview_prompts(config, instance, concepts)
-    order = _order(config, concepts, instance, [])
-    _check_weights(order, len(instance))
-    total = _total_steps(config, order)
-    # After every other mistake, since this makes a repository.
-    require_hub(config, run.name)
-    for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
-        if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
-            print(f"the earlier run is moved to {move_aside(folder)}")
-    saved = newest_state(run)
-    library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
-    for sentence in (*describe(instance, concepts), *warnings(concepts), *_rate_warnings(config)):
-        print(sentence)
-    seen = total * order.per_step / len(instance)
-    # Of a run that has as many already, train() says so instead.
-    if saved is None or saved.step < total:
-        print(f"{counted(total, 'step')}, in which each instance image is seen {seen:.3g} times on average")
-    class_set = _class_examples(config, concepts, instance)
-    require_apart(instance, class_set)
-    order = _order(config, concepts, instance, class_set)
-    identity = identity_of(config, library, instance, class_set, order.weights)
-    done = check_same_run(saved, identity, run)
-    if 0 < done < total:
-        print(f"continuing after step {done}{of_state(saved)}")
-    for sentence in changes_since(config, run) if saved else of_model(config.pretrained_model_name_or_path):
-        print(sentence)
-    identity["run"] = run_id(saved)
-    rest_after = _rest_after(config, max(total, done), saved)
-    if rest_after:
-        identity[_REST_AFTER] = rest_after
-    return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library, rest_after)
 
 
 def _rest_after(config: TrainConfig, total: int, saved: Checkpoint | None) -> int:
@@ -127,7 +131,7 @@ def _rest_after(config: TrainConfig, total: int, saved: Checkpoint | None) -> in
     return saved.facts.get(_REST_AFTER, 0) if saved else max(1, round(stop * total))
 
 
-def _rate_warnings(config: TrainConfig) -> list[str]:
+def rate_warnings(config: TrainConfig) -> list[str]:
     """What the default learning rate does not suit; a rate of one's own is left alone."""
     wanted = ["1e-4 is usual for a LoRA"] if config.adapter == "lora" else []
     wanted += ["lion wants a third to a tenth of what AdamW wants"] if config.optimizer == "lion" else []
@@ -151,27 +155,28 @@ def _check_buckets(config: TrainConfig, facts: Facts | None) -> None:
                 )
 
 
-def _order(config: TrainConfig, concepts: list[Concept], instance: list[Example], class_set: list[Example]) -> Order:
-    return Order(
+def make_order(
+    config: TrainConfig, concepts: list[Concept], instance: list[Example], class_set: Sequence[Example] = ()
+) -> Order:
+    """The order of the images. Raises DbkitError if the concepts' weights are too far apart."""
+    order = Order(
         config.seed,
         config.train_batch_size * config.gradient_accumulation_steps * processes.world(),
         tuple((example.concept, example.size) for example in instance),
         tuple((example.concept, example.size) for example in class_set),
         tuple(concept.weight for concept in concepts),
     )
-
-
-def _check_weights(order: Order, images: int) -> None:
     # An epoch has each image once at least; beyond this the rarest concept would wait for it too long.
-    if order.epoch_length > 100 * images:
+    if order.epoch_length > 100 * len(instance):
         raise DbkitError(
-            f"with the weights of these concepts an epoch has {order.epoch_length} samples for {images} images; bring "
-            "the weights closer together"
+            f"with the weights of these concepts an epoch has {order.epoch_length} samples for {len(instance)} images; "
+            "bring the weights closer together"
         )
+    return order
 
 
-def _total_steps(config: TrainConfig, order: Order) -> int:
-    """max_train_steps, or enough optimizer steps for num_train_epochs epochs."""
+def total_steps(config: TrainConfig, order: Order) -> int:
+    """max_train_steps, or enough optimizer steps for num_train_epochs epochs. Raises DbkitError if all are warm-up."""
     total = config.max_train_steps or math.ceil(order.epoch_length * config.num_train_epochs / order.per_step)
     if config.lr_warmup_steps >= total:
         steps = counted(total, "step")
@@ -179,6 +184,17 @@ def _total_steps(config: TrainConfig, order: Order) -> int:
             f"lr_warmup_steps is {config.lr_warmup_steps} and the run has {steps}; make the warm-up shorter"
         )
     return total
+
+
+def arithmetic(config: TrainConfig, total: int, order: Order, images: int) -> str:
+    """What so many steps come to, as a sentence with its sum."""
+    *others, last = [f for f in (config.gradient_accumulation_steps, processes.world()) if f > 1] + [
+        config.train_batch_size
+    ]
+    factors = " x ".join([counted(total, "step"), *map(str, others), counted(last, "image")])
+    samples = total * order.per_step
+    seen = f"each of {counted(images, 'instance image')} is seen {samples / images:.3g} times on average"
+    return f"{factors} = {counted(samples, 'sample')}: {seen}"
 
 
 def _class_examples(config: TrainConfig, concepts: list[Concept], instance: list[Example]) -> list[Example]:
@@ -227,7 +243,8 @@ def _class_settings(config: TrainConfig, concept: Concept, sizes: list[Size]) ->
     ]
 
 
-def _preview_prompts(config: TrainConfig, instance: list[Example], concepts: list[Concept]) -> list[str]:
+def preview_prompts(config: TrainConfig, instance: list[Example], concepts: list[Concept]) -> list[str]:
+    """What the previews show: the prompts that are asked for, or those of the instance images and of their classes."""
     if config.test_prompts_file:
         return read_prompts(config.test_prompts_file)
     if config.test_prompt:

@@ -29,8 +29,8 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
     between the sessions of one run), needs (the setting without which this one has no effect, "name", "name=value" or
-    "name|other"), auto (the word auto may stand for the value, which is then chosen when the function runs), secret
-    (never saved or shown).
+    "name|other"; forms hide it then), group (the heading of this setting and of those after it), auto (the word auto
+    may stand for the value, which is then chosen when the function runs), secret (never saved or shown).
     """
     options = {"metadata": {"help": help, **facts}, "repr": not facts.get("secret")}
     if default is ...:
@@ -49,9 +49,8 @@ class Settings:
             if field.name in left:
                 continue
             try:
-                value = coerce(getattr(self, field.name), field_type(type(self), field.name))
+                value = checked(type(self), field, getattr(self, field.name))
                 object.__setattr__(self, field.name, value)
-                _check_range(field, value)
             except ValueError as error:
                 mistakes.append(f"{field.name} {'is no text; write text' if field.metadata.get('secret') else error}")
         # Relations between settings are only looked at once each setting is what it claims to be.
@@ -170,6 +169,23 @@ def _field_types(cls: type[Settings]) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
+def groups(cls: type[Settings]) -> list[tuple[str, list[dataclasses.Field]]]:
+    """The settings under their headings, in order. Those before the first heading stand under an empty one."""
+    found: list[tuple[str, list[dataclasses.Field]]] = []
+    for field in dataclasses.fields(cls):
+        if not found or field.metadata.get("group"):
+            found.append((field.metadata.get("group", ""), []))
+        found[-1][1].append(field)
+    return found
+
+
+def checked(cls: type[Settings], field: dataclasses.Field, value: Any) -> Any:
+    """The value as the setting's type, and within its range. Raises ValueError: half a sentence."""
+    value = coerce(value, field_type(cls, field.name))
+    _check_range(field, value)
+    return value
+
+
 def coerce(value: Any, kind: Any) -> Any:
     """The value as its declared type; text from a flag, a form or YAML included. Raises ValueError: half a sentence."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
@@ -261,8 +277,11 @@ def _way_to(needs: str) -> str:
     return f"set {needs.replace('=', ' to ')}" if "=" in needs else "turn that on"
 
 
-def is_on(config: Settings, needs: str) -> bool:
-    """Whether a setting is on, "name", or has a certain value, "name=value", or one of several is on, "name|other"."""
+def is_on(config: Any, needs: str) -> bool:
+    """Whether a setting is on, "name", or has a certain value, "name=value", or one of several is on, "name|other".
+
+    config is anything that has the values by name.
+    """
     if "=" in needs:
         name, _, wanted = needs.partition("=")
         return getattr(config, name) == wanted

@@ -32,7 +32,7 @@ from dbkit.models import (
 )
 from dbkit.optimizers import learning_rates, set_learning_rate
 from dbkit.order import Order
-from dbkit.plan import out_of_memory_is_told, watch
+from dbkit.plan import out_of_memory_is_told, say_estimate, watch
 from dbkit.planning import RunPlan, make_plan
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
@@ -88,6 +88,8 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
     # The same goes for the place that a launcher gave this process, and for the session's end.
     on_main(replace(config, start_over=False, local_rank=-1, session_minutes=None).save, run / "settings.yaml")
+
+    on_main(say_estimate, config, device, dtype)
 
     # 2. Model and cache: images are encoded once, and only if their latents are not found, by a VAE that leaves the
     # device before anything else is put there.

@@ -32,6 +32,7 @@ class TrainConfig(Settings):
     pretrained_model_name_or_path: str = setting(
         ...,
         "the base model: a diffusers folder (notebook 2 makes one from a checkpoint file), a Hugging Face id, or tiny-sd, which dbkit carries",
+        group="model and data",
     )
     instance_data_dir: Path | None = setting(None, "folder with the images to learn")
     output_dir: Path | None = setting(
@@ -43,7 +44,10 @@ class TrainConfig(Settings):
         "choose what is not given of num_class_images, max_train_steps, train_batch_size, gradient_accumulation_steps, learning_rate, memory, gradient_checkpointing, use_8bit_adam and save_model_every_n_steps from the images, the method and the GPU, and say why; a run that goes on keeps its own",
     )
     instance_prompt: str | None = setting(
-        None, "prompt for every instance image: a rare word and the class, for instance: photo of ohwx dog", fixed=True
+        None,
+        "prompt for every instance image: a rare word and the class, for instance: photo of ohwx dog",
+        fixed=True,
+        group="method and prompts",
     )
     with_prior_preservation: bool = setting(
         False,
@@ -63,7 +67,11 @@ class TrainConfig(Settings):
         needs="with_prior_preservation",
     )
     num_class_images: int = setting(
-        100, "how many class images there should be; missing ones are generated", min=1, auto=True
+        100,
+        "how many class images there should be; missing ones are generated",
+        min=1,
+        auto=True,
+        needs="with_prior_preservation",
     )
     concepts_list: Path | None = setting(
         None,
@@ -99,7 +107,11 @@ class TrainConfig(Settings):
         needs="combine_prompt_from_txt",
     )
     shuffle_tags: bool = setting(
-        False, "show the comma-separated tags of a .txt file in changing order", fixed=True, advanced=True
+        False,
+        "show the comma-separated tags of a .txt file in changing order",
+        fixed=True,
+        advanced=True,
+        needs="use_txt_as_label|combine_prompt_from_txt",
     )
     tag_dropout: float = setting(
         0.0,
@@ -108,6 +120,7 @@ class TrainConfig(Settings):
         max=0.9,
         fixed=True,
         advanced=True,
+        needs="use_txt_as_label|combine_prompt_from_txt",
     )
     keep_tags: int = setting(
         1,
@@ -132,6 +145,7 @@ class TrainConfig(Settings):
         min=8,
         max=4096,
         fixed=True,
+        group="pictures",
     )
     center_crop: bool = setting(
         True,
@@ -225,7 +239,10 @@ class TrainConfig(Settings):
         needs="augment_rotation|augment_brightness|augment_contrast|augment_crop",
     )
     train_text_encoder: bool = setting(
-        False, "also train the text encoder: better likeness, more memory, easier to overdo", fixed=True
+        False,
+        "also train the text encoder: better likeness, more memory, easier to overdo",
+        fixed=True,
+        group="what is trained",
     )
     text_encoder_learning_rate: float | None = setting(
         None,
@@ -277,6 +294,7 @@ class TrainConfig(Settings):
         "passes over the instance images when max_train_steps is empty: the rule of thumb of 100 steps an image; one epoch of ten images would teach nothing",
         min=1,
         advanced=True,
+        group="steps, loss and rate",
     )
     max_train_steps: int | None = setting(
         None,
@@ -401,6 +419,7 @@ class TrainConfig(Settings):
         "auto",
         "arithmetic of the forward pass; auto takes bf16 or fp16 where the GPU is good at it; trained weights stay fp32, but for memory tiny",
         advanced=True,
+        group="memory and speed",
     )
     memory: Literal["auto", "fast", "balanced", "small", "tiny"] = setting(
         "auto",
@@ -469,6 +488,7 @@ class TrainConfig(Settings):
         "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: only at the end and when interrupted",
         min=1,
         auto=True,
+        group="saving and previews",
     )
     save_min_steps: int = setting(
         0,
@@ -540,6 +560,7 @@ class TrainConfig(Settings):
         None,
         "another VAE, folder or Hugging Face id, in place of the base model's; it is saved with the model",
         advanced=True,
+        group="parts, logs and upload",
     )
     log_interval: int = setting(
         10, "steps between lines of log.jsonl; the loss is only read then", min=1, advanced=True
@@ -730,10 +751,6 @@ class TrainConfig(Settings):
             return ["no prompt is given: set instance_prompt, or use_txt_as_label with a .txt file beside each image"]
         if self.combine_prompt_from_txt and not prompt:
             return ["combine_prompt_from_txt needs instance_prompt, which it joins with each image's text"]
-        tags = [name for name in ("shuffle_tags", "tag_dropout") if getattr(self, name)]
-        if tags and not (self.use_txt_as_label or self.combine_prompt_from_txt):
-            need = f"{' and '.join(tags)} need{'s' * (len(tags) == 1)}"
-            return [f"{need} tags from .txt files; set use_txt_as_label or combine_prompt_from_txt"]
         if self.combine_prompt_from_txt and "{TXT_PROMPT}" not in self.prompt_combine_template:
             return ["prompt_combine_template has no {TXT_PROMPT}, so no text would be used; {PROMPT}, {TXT_PROMPT} has"]
         if self.combine_prompt_from_txt and "{PROMPT}" not in self.prompt_combine_template:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dbkit.config import COMMANDS, TrainConfig
-from dbkit.settings import Settings, field_type, type_name
+from dbkit.settings import Settings, field_type, groups, type_name
 
 _HEAD = """# Settings
 
@@ -83,12 +83,14 @@ def settings_page() -> str:
     """Every setting of every command as Markdown tables."""
     parts = [_HEAD]
     for command, cls in COMMANDS.items():
-        parts.append(f"\n## dbkit {command}\n\n{cls.__doc__}\n\n")
+        parts.append(f"\n## dbkit {command}\n\n{cls.__doc__}\n")
         if issubclass(cls, TrainConfig) and cls is not TrainConfig:
-            parts.append("It takes the settings of `dbkit train`.\n")
+            parts.append("\nIt takes the settings of `dbkit train`.\n")
             continue
-        parts.append("| setting | type | default | what it does |\n| :-- | :-- | :-- | :-- |\n")
-        parts += [_row(cls, field) for field in dataclasses.fields(cls)]
+        for title, fields in groups(cls):
+            parts.append(f"\n### {title.capitalize()}\n\n" if title else "\n")
+            parts.append("| setting | type | default | what it does |\n| :-- | :-- | :-- | :-- |\n")
+            parts += [_row(cls, field) for field in fields]
     parts += [_SCRIPTS_HEAD, *(f"| `{name}` | `{test}` |\n" for name, test in SCRIPTS.items())]
     return "".join(parts)
 

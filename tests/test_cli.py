@@ -238,6 +238,11 @@ def test_help_says_the_default(capsys):
     assert "peak learning rate (default: 5e-06)" in text
 
 
+def test_help_of_a_command_with_many_settings_has_them_in_groups(capsys):
+    _, memory = shown(capsys, "train", "--help").split("\nmemory and speed:\n")
+    assert "--use_8bit_adam" in memory.partition("\nsaving and previews:\n")[0]
+
+
 def test_help_of_dbkit_lists_the_commands_and_version_says_the_version(capsys):
     text = shown(capsys, "--help")
     assert all(command in text for command in COMMANDS)

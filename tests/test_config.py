@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dbkit import DbkitError, PrepareConfig, PreviewConfig, TrainConfig
+from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig
 from dbkit.cli import main
 from dbkit.config import COMMANDS
-from dbkit.settings import coerce, field_type, plain, to_yaml
+from dbkit.settings import coerce, field_type, groups, plain, to_yaml
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +31,7 @@ FLAG_VALUES = {
     "class_data_dir": ["c", "--with_prior_preservation", "--class_prompt=dog"],
     "class_prompt": ["dog", "--with_prior_preservation"],
     "with_prior_preservation": ["--class_prompt=dog"],
+    "num_class_images": ["2", "--with_prior_preservation", "--class_prompt=dog"],
     "use_filename_as_label": ["--instance_prompt="],
     "use_txt_as_label": ["--instance_prompt="],
     "resolution": ["512"],
@@ -138,11 +139,8 @@ def test_each_known_parameter_is_a_flag(name, spelling, capsys):
         ),
         (
             {"tag_dropout": 0.1},
-            "tag_dropout needs tags from .txt files; set use_txt_as_label or combine_prompt_from_txt",
-        ),
-        (
-            {"tag_dropout": 0.1, "shuffle_tags": True},
-            "shuffle_tags and tag_dropout need tags from .txt files; set use_txt_as_label or combine_prompt_from_txt",
+            "tag_dropout has no effect without use_txt_as_label or combine_prompt_from_txt; turn that on or leave "
+            "tag_dropout out",
         ),
         (
             {"use_filename_as_label": True, "use_txt_as_label": True},
@@ -237,6 +235,35 @@ def test_settings_that_go_together_are_accepted(changes):
     assert made(**changes)
 
 
+@pytest.mark.parametrize(("cls", "field"), fields_where(lambda field, _: "needs" in field.metadata))
+def test_what_a_setting_needs_stands_before_it_and_can_have_that_value(cls, field):
+    names = [field.name for field in dataclasses.fields(cls)]
+    for needed in field.metadata["needs"].split("|"):
+        name, _, value = needed.partition("=")
+        assert name in names[: names.index(field.name)]
+        assert not value or value in typing.get_args(field_type(cls, name))
+
+
+def test_the_settings_of_training_stand_in_groups_with_what_most_set_in_the_first_ones():
+    found = groups(TrainConfig)
+    assert [field for _, fields in found for field in fields] == list(dataclasses.fields(TrainConfig))
+    assert [title for title, _ in found] == [
+        "model and data",
+        "method and prompts",
+        "pictures",
+        "what is trained",
+        "steps, loss and rate",
+        "memory and speed",
+        "saving and previews",
+        "parts, logs and upload",
+    ]
+    assert [title for title, fields in found if all(field.metadata.get("advanced") for field in fields)] == [
+        found[-1][0]
+    ]
+    ((title, fields),) = groups(ConvertConfig)
+    assert title == "" and fields == list(dataclasses.fields(ConvertConfig))
+
+
 NEEDING = {field.name: field for field in dataclasses.fields(TrainConfig) if "needs" in field.metadata}
 
 
@@ -256,7 +283,9 @@ def test_a_setting_that_would_have_no_effect_is_refused_and_what_it_needs_is_the
     way = f"set {needed} to {value}" if value else "turn that on"
     assert f"{name} has no effect without {words}; {way} or leave {name} out" in str(caught.value)
     others = {"class_prompt": "photo of a dog"} if needed == "with_prior_preservation" else {}
-    others |= {"instance_prompt": None, "use_txt_as_label": True} if needed == "shuffle_tags" else {}
+    others |= (
+        {"instance_prompt": None, "use_txt_as_label": True} if needed in ("shuffle_tags", "use_txt_as_label") else {}
+    )
     choice = value or {bool: True, float: 0.1}.get(type(needed_field.default), "tensorboard")
     assert made(**{**others, needed: choice, name: other})
 

@@ -1,16 +1,19 @@
 """Forms without a browser: values are set as typing would, and read back from the form and from the workspace."""
 
 import dataclasses
+import os
+import threading
 
 import ipywidgets
 import pytest
 import torch
 import yaml
 
-from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig, open_workspace
+from dbkit import CaptionConfig, ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, TrainConfig, open_workspace
 from dbkit.config import COMMANDS
 from dbkit.forms import form
-from dbkit.settings import AUTO
+from dbkit.settings import AUTO, groups
+from dbkit.train_summary import BACKGROUND
 
 
 @pytest.fixture
@@ -20,6 +23,26 @@ def workspace(model, photos):
     (opened.path / "models" / "mine").symlink_to(model)
     photos.rename(opened.path / "photos" / "things")
     return opened
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """What a form finds out in the background must not run into another test."""
+    yield
+    for thread in threading.enumerate():
+        if thread.name == BACKGROUND:
+            thread.join()
+
+
+def every(widget):
+    """A widget and all below it."""
+    yield widget
+    for child in getattr(widget, "children", ()):
+        yield from every(child)
+
+
+def is_shown(settings, name):
+    return settings._rows[name].layout.display != "none"
 
 
 def kept(workspace, name):
@@ -120,12 +143,133 @@ def test_several_prompts_are_lines(workspace):
     assert settings.read().guidance_scale == (3.0, 7.5)
 
 
+@pytest.mark.skipif("IPYWIDGETS" not in os.environ, reason="any version will do")
+def test_the_version_is_the_one_that_was_asked_for():
+    assert ipywidgets.__version__ == os.environ["IPYWIDGETS"]
+
+
 def test_advanced_settings_are_folded_away_until_asked_for(workspace):
     settings = form(ConvertConfig, workspace)
-    more, folded = settings.children[-3:-1]
-    assert isinstance(more, ipywidgets.Checkbox) and folded.layout.display == "none"
+    ((more, folded),) = [
+        pair for pair in zip(settings.children, settings.children[1:]) if pair[0] is settings._folds[0][0]
+    ]
+    assert more.description == "more settings" and folded.layout.display == "none"
+    assert settings._rows["sha256"] in folded.children and settings._rows["source"] in settings.children
     more.value = True
     assert folded.layout.display is None
+
+
+def test_the_form_of_training_has_its_groups_in_order_each_with_what_to_set_before_the_advanced(workspace):
+    settings = form(TrainConfig, workspace)
+    parts = list(every(settings))
+    place = {name: parts.index(row) for name, row in settings._rows.items()}
+    headings = [part for part in parts if isinstance(part, ipywidgets.HTML) and "<h3" in part.value]
+    assert len(headings) == len(groups(TrainConfig)) == 8
+    for heading, (title, fields) in zip(headings, groups(TrainConfig)):
+        assert f">{title.capitalize()}</h3>" in heading.value
+        names = [field.name for field in fields if field.name in place]
+        names.sort(key=lambda name: bool(TrainConfig.__dataclass_fields__[name].metadata.get("advanced")))
+        in_order = [parts.index(heading), *(place[name] for name in names)]
+        assert in_order == sorted(in_order)
+    assert [more.description for more, _ in settings._folds][:2] == ["more of method and prompts", "more of pictures"]
+
+
+def test_a_value_out_of_its_range_is_said_beside_its_field_and_its_help_stays(workspace):
+    settings = form(TrainConfig, workspace)
+    help_alone = settings._notes["learning_rate"].value
+    assert "peak learning rate" in help_alone and "span" not in help_alone
+    settings.set(learning_rate="5", train_batch_size="two")
+    beside = settings._notes["learning_rate"].value
+    assert (
+        beside.startswith(help_alone.removesuffix("</div>")) and "learning_rate is 5.0; it must be at most 1" in beside
+    )
+    assert "train_batch_size is &#x27;two&#x27;; write a whole number" in settings._notes["train_batch_size"].value
+    assert "span" not in settings._notes["resolution"].value
+    settings.set(learning_rate="5e-6")
+    assert settings._notes["learning_rate"].value == help_alone
+
+
+def test_settings_that_do_not_go_together_are_said_below_the_form(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=True)
+    assert "instance_prompt and use_txt_as_label exclude each other" in settings._message.value
+
+
+def test_a_setting_without_effect_is_hidden_and_left_out_and_keeps_its_value(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False, with_prior_preservation=True)
+    settings.set(class_prompt="photo of a thing", adapter="lora", lora_rank=8, loss_type="huber", huber_delta="0.2")
+    dependent = ("class_prompt", "num_class_images", "lora_rank", "huber_delta")
+    assert all(is_shown(settings, name) for name in dependent)
+    settings.set(with_prior_preservation=False, adapter="none", loss_type="mse")
+    assert not any(is_shown(settings, name) for name in dependent)
+    read = settings.read()
+    assert (read.class_prompt, read.lora_rank, read.huber_delta) == (None, 16, 0.1)
+    again = form(TrainConfig, workspace)
+    assert not any(is_shown(again, name) for name in dependent)
+    again.set(with_prior_preservation=True, adapter="lora", loss_type="huber")
+    assert all(is_shown(again, name) for name in dependent)
+    read = again.read()
+    assert (read.class_prompt, read.lora_rank, read.huber_delta) == ("photo of a thing", 8, 0.2)
+
+
+def test_what_hangs_on_a_hidden_setting_is_hidden_too(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(instance_prompt="", use_txt_as_label=True, tag_dropout="0.1", keep_tags=2)
+    assert is_shown(settings, "keep_tags") and settings.read().keep_tags == 2
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False)
+    assert not is_shown(settings, "tag_dropout") and not is_shown(settings, "keep_tags")
+    assert settings.read().keep_tags == 1
+
+
+def test_a_number_that_is_zero_is_off_however_it_is_written(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(augment_rotation="0.00")
+    assert not is_shown(settings, "augment_variants")
+    settings.set(augment_rotation="2")
+    assert is_shown(settings, "augment_variants")
+
+
+def test_where_all_of_the_advanced_settings_are_hidden_there_is_nothing_to_unfold(workspace):
+    settings = form(TrainConfig, workspace)
+    (more,) = [more for more, names in settings._folds if "lora_alpha" in names]
+    assert more.layout.display == "none"
+    settings.set(adapter="lora")
+    assert more.layout.display is None
+
+
+def test_a_captioner_shows_its_own_settings_only(workspace):
+    settings = form(CaptionConfig, workspace)
+    own = {"tagger": "threshold", "blip": "num_beams"}
+    for captioner in ("none", "tagger", "blip"):
+        settings.set(captioner=captioner)
+        assert [name for name in own if is_shown(settings, own[name])] == [captioner] * (captioner != "none")
+        assert is_shown(settings, "existing") is (captioner != "none")
+
+
+def test_under_the_form_of_training_stands_what_its_settings_come_to(workspace, capsys):
+    settings = form(TrainConfig, workspace)
+    settings.set(use_txt_as_label=False, instance_prompt="photo of zwx thing", max_train_steps=30, train_batch_size=2)
+    settings.read()
+    said = settings._summary.value
+    assert "3 instance images; the first one&#x27;s prompt: photo of zwx thing" in said
+    assert "30 steps x 2 images = 60 samples: each of 3 instance images is seen 20 times on average" in said
+    assert "learning_rate 5e-06: that of diffusers for a subject" in said
+    assert "it fits" in said and not said.endswith("…</p>")
+    settings.set(max_train_steps=60)
+    settings.read()
+    assert "60 steps x 2 images = 120 samples" in settings._summary.value
+    settings.set(max_train_steps="many")
+    with pytest.raises(DbkitError):
+        settings.read()
+    assert settings._summary.value == ""
+    assert capsys.readouterr() == ("", "")
+
+
+def test_other_forms_have_no_summary(workspace):
+    settings = form(PrepareConfig, workspace)
+    settings.read()
+    assert settings._summary.value == ""
 
 
 def test_a_field_that_is_not_there_is_named(workspace):
@@ -150,7 +294,7 @@ def test_without_a_gpu_and_a_model_the_form_says_that_it_suggests_the_embedded_o
     def first_line():
         return getattr(form(TrainConfig, workspace).children[0], "value", "")
 
-    assert first_line() == ""
+    assert "Model and data" in first_line()
     (workspace.path / "models" / "mine").unlink()
     assert first_line().startswith("The model suggested here is dbkit's own small one, which needs no GPU")
     assert form(TrainConfig, workspace)._inputs["pretrained_model_name_or_path"].value == "tiny-sd"

@@ -19,7 +19,7 @@ LISTED = """
     mirror trackers log run_folder best_step charts status watch resume saves rounding in_backward optimizers
     receipts keys families lora_files lora ema attention state keeper counting memory auto preview evaluate hub
     planning plan judge train layouts original_config downloads stored_models proof convert extract demo
-    saved_models suggestions forms editor cli
+    saved_models suggestions train_summary forms editor cli
 """
 ORDER = LISTED.split()
 

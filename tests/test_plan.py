@@ -32,6 +32,7 @@ from dbkit.plan import (
     _kept_latents,
     _possible,
     cheapest_changes,
+    in_short,
     out_of_memory_is_told,
     plan,
 )
@@ -152,6 +153,13 @@ def test_the_changes_are_those_that_a_search_without_shortcuts_finds(settings, s
     assert expected and [change.settings for change in found] == expected
     assert [change.needs for change in found] == [whole(some) for some in fitting[:2]]
     assert {change.saves + change.needs for change in found} == {whole(())}
+
+
+def test_in_short_it_fits_where_a_tenth_is_left_over():
+    line = "memory of a step: about 9.0 GB, and {} GB are free on Tesla T4: {}"
+    assert in_short(9_000_000_000, 10_000_000_000, "Tesla T4") == line.format("10.0", "it fits")
+    fault = "it does not fit; dbkit plan says what makes it fit"
+    assert in_short(9_000_000_000, 9_900_000_000, "Tesla T4") == line.format("9.9", fault)
 
 
 def test_where_nothing_helps_it_says_so(settings):

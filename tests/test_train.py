@@ -794,7 +794,8 @@ def test_class_images_that_are_missing_are_generated(settings, workspace_folder,
 def test_epochs_give_the_steps_when_no_total_is_set(settings, capsys):
     train(**{**settings, "max_train_steps": None, "num_train_epochs": 3, "train_batch_size": 2})
     # 3 images 3 times, 2 at each step: 4.5 steps.
-    assert "\n5 steps, in which each instance image is seen 3.33 times on average\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "\n5 steps x 2 images = 10 samples: each of 3 instance images is seen 3.33 times on average\n" in said
     assert [line["step"] for line in log_of(settings["output_dir"])] == [1, 5]
 
 

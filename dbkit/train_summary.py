@@ -1,0 +1,131 @@
+"""What stands under the form of training: what its settings come to, found out in a thread while the form is used.
+
+Nothing is loaded, printed, written, or asked of the Hub.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import html
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Generic, TypeVar
+
+from dbkit.auto import settings_and_reasons
+from dbkit.concepts import concepts_of, warnings
+from dbkit.errors import DbkitError, counted
+from dbkit.examples import describe_pictures, describe_prompts, instance_examples, unread_examples
+from dbkit.libraries import only_cached
+from dbkit.plan import Plan, Where, estimate
+from dbkit.planning import arithmetic, check_settings, make_order, preview_prompts, rate_warnings, total_steps
+from dbkit.train_config import TrainConfig
+
+Value = TypeVar("Value")
+# The name of the thread.
+BACKGROUND = "summary of a form"
+# Each change of the form looks at the pictures again, so of many it does not.
+MOST_PICTURES = 200
+
+
+class Background(Generic[Value]):
+    """Shows the steps of some work on the value that was given last, from a thread that ends with it."""
+
+    def __init__(self, steps: Callable[[Value], Generator[str, None, None]], show: Callable[[str], None]) -> None:
+        self._steps, self._show = steps, show
+        self._lock, self._thread = threading.Lock(), None
+        self._waiting: list[Value] = []
+
+    def give(self, value: Value) -> None:
+        """Begin with a value, after the step that is being worked on; what is still to be shown of others is not."""
+        with self._lock:
+            self._waiting = [value]
+            if not (self._thread and self._thread.is_alive()):
+                self._thread = threading.Thread(target=self._work, name=BACKGROUND)
+                self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until all is shown."""
+        thread = self._thread
+        if thread:
+            thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._thread = None
+                    return
+                value = self._waiting.pop()
+            with contextlib.closing(self._steps(value)) as texts:
+                for text in texts:
+                    with self._lock:
+                        if self._waiting:
+                            break
+                        self._show(text)
+
+
+def summarize(config: TrainConfig | None) -> Generator[str, None, None]:
+    """The summary as HTML, with more in it each time; nothing for settings that are not right."""
+    if config is None:
+        yield ""
+        return
+    token = only_cached.set(True)
+    rows: list[tuple[str, str]] = []
+    try:
+        for found in _found(config):
+            rows += found
+            yield _table(rows) + "<p>…</p>"
+    except DbkitError as error:
+        rows.append(("to be changed", str(error)))
+    except Exception as error:  # nobody would see it: a cell that shows a thread's mistakes may be any
+        rows.append(("not known", f"{type(error).__name__}: {error}"))
+    finally:
+        only_cached.reset(token)
+    yield _table(rows)
+
+
+def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
+    """Rows of the summary, each a title and a text, the quick ones first."""
+    where, concepts = Where.of(config), concepts_of(config)
+    examples = unread_examples(config, concepts)
+    rows = [("images", "\n".join(describe_prompts(examples, concepts)))]
+    if config.auto_test_model:
+        rows.append(("previews of", "\n".join(preview_prompts(config, examples, concepts))))
+    yield rows
+    config, reasons = settings_and_reasons(config, where.run, where.device, where.dtype)
+    check_settings(config, where.run)
+    order = make_order(config, concepts, examples)
+    total = total_steps(config, order)
+    chosen = "\n".join(reason.removeprefix("auto: ") for reason in reasons)
+    yield [("chosen", chosen)] * bool(chosen) + [("steps", arithmetic(config, total, order, len(examples)))]
+    if len(examples) > MOST_PICTURES:
+        pictures = [f"{counted(len(examples), 'picture')}, which are looked at when training starts"]
+    else:
+        pictures = describe_pictures(instance_examples(config, concepts))
+    yield [("pictures", "\n".join((*pictures, *warnings(concepts), *rate_warnings(config))))]
+    try:
+        made = estimate(config, where, search=False)
+        if not made.fits:
+            yield []
+            made = estimate(config, where)
+    except DbkitError as error:
+        yield [("memory", f"not known yet: {error}")]
+    else:
+        yield _needs(made)
+
+
+def _needs(made: Plan) -> list[tuple[str, str]]:
+    """The rows of a plan, but for the parts of the memory."""
+    rows = [row for row in made.rows() if not row[0].startswith((" ", "memory in", "steps"))]
+    return [*rows, ("time", made.time)]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = "<tr style='vertical-align:top'><td style='padding-right:1em'><b>{}</b></td><td>{}</td></tr>"
+    filled = "".join(cells.format(_lines(title), _lines(text)) for title, text in rows)
+    heading = "<h3 style='margin:12px 0 4px'>What this comes to</h3>"
+    return f"{heading}<table style='line-height:1.4;text-align:left'>{filled}</table>"
+
+
+def _lines(text: str) -> str:
+    return html.escape(text).replace("\n", "<br>")

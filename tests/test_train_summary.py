@@ -1,0 +1,167 @@
+"""The summary under the form of training, and the thread that finds it out."""
+
+import html
+import itertools
+import json
+import shutil
+import threading
+import types
+
+import huggingface_hub
+import psutil
+import pytest
+from conftest import draw_photo
+
+from dbkit import TrainConfig
+from dbkit.memory import STABLE_DIFFUSION_1
+from dbkit.plan import Where, estimate
+from dbkit.settings import replace
+from dbkit.train_summary import MOST_PICTURES, Background, summarize
+
+
+def last(config):
+    """The whole summary, as text with HTML around it."""
+    *_, text = summarize(config)
+    return html.unescape(text)
+
+
+def test_it_grows_and_ends_whole(config, capsys):
+    texts = [html.unescape(text) for text in summarize(config)]
+    assert all(text.endswith("<p>…</p>") for text in texts[:-1]) and texts[-1].endswith("</table>")
+    rows = [text.removesuffix("<p>…</p>").removesuffix("</table>") for text in texts]
+    assert all(after.startswith(before) for before, after in itertools.pairwise(rows))
+    assert "3 instance images; the first one's prompt: photo of zwx thing" in texts[0] and "memory" not in texts[0]
+    assert "2 steps x 1 image = 2 samples: each of 3 instance images is seen 0.667 times on average" in texts[-1]
+    assert "trained as 3 of 64 x 64; the crops keep 83% of the pictures" in texts[-1]
+    assert "it fits" in texts[-1] and "<b>disk</b>" in texts[-1]
+    assert "how long they take is known after the first ones" in texts[-1]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_prompts_of_images_and_previews_are_said(config, photos):
+    said = last(replace(config, instance_prompt=None, use_txt_as_label=True, auto_test_model=True, test_prompt="<zwx>"))
+    assert "crimson.png: a crimson thing" in said or "the first one's prompt: a crimson thing" in said
+    assert "<b>previews of</b></td><td><zwx></td>" in said
+    assert "previews of" not in last(config)
+
+
+def test_nothing_is_written_and_no_weights_are_read(config, copied, tmp_path):
+    for path in copied.rglob("*.safetensors"):
+        path.write_bytes(b"")
+    before = sorted(tmp_path.rglob("*"))
+    assert "it fits" in last(replace(config, pretrained_model_name_or_path=str(copied)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_auto_chooses_is_said_with_its_reason(settings):
+    given = {name: value for name, value in settings.items() if name not in ("max_train_steps", "learning_rate")}
+    said = last(TrainConfig(**given, auto=True))
+    assert "<b>chosen</b>" in said and "max_train_steps 400: " in said
+    assert "400 steps x " in said
+
+
+def test_a_mistake_is_the_last_row(config, photos, tmp_path):
+    (photos / "teal.png").write_bytes(b"torn")
+    said = last(config)
+    assert "2 samples" in said and "<b>to be changed</b></td><td>1 of 3 images are not usable: " in said
+    said = last(replace(config, instance_data_dir=tmp_path / "nowhere"))
+    assert "is not a folder; check the path" in said
+
+
+def test_what_would_make_it_fit_is_said_where_it_does_not(config, monkeypatch):
+    large = replace(config, resolution=256, train_batch_size=8)
+    free = estimate(large, Where.of(large), search=False).peak.total - psutil.Process().memory_info().rss
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=free))
+    said = last(large)
+    assert "it does not fit" in said and "<b>it fits with</b></td><td>gradient_checkpointing on (saves " in said
+    assert "dbkit plan says" not in said
+
+
+def test_settings_that_are_not_right_have_no_summary():
+    assert list(summarize(None)) == [""]
+
+
+def test_many_pictures_are_left_for_the_training_to_look_at(config, photos):
+    first = draw_photo(photos / "0.png")
+    for number in range(1, MOST_PICTURES):
+        shutil.copy(first, photos / f"{number}.png")
+    said = last(config)
+    count = MOST_PICTURES + 3
+    assert f"{count} instance images" in said
+    assert f"{count} pictures, which are looked at when training starts" in said and "the crops keep" not in said
+
+
+def test_of_a_hub_model_only_what_lies_here_is_read(config, tmp_path, monkeypatch):
+    # Were it asked, the Hub would not be found at this address, and that would be said.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub = replace(config, pretrained_model_name_or_path="ada/small")
+    said = last(hub)
+    assert "2 samples" in said
+    assert (
+        "not known yet: text_encoder/config.json of ada/small is not on this machine yet; dbkit.plan() downloads it"
+        in said
+    )
+    cached = tmp_path / "hub" / "models--ada--small"
+    for part, settings in STABLE_DIFFUSION_1.items():
+        path = cached / "snapshots" / ("0" * 40) / part / "config.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(settings))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert "<b>memory, CPU</b>" in last(hub)
+
+
+def test_a_mistake_of_the_program_is_shown_and_not_lost(config):
+    assert "<b>not known</b></td><td>AttributeError: " in last(dataclass_without_prompts(config))
+
+
+def dataclass_without_prompts(config):
+    class Torn:
+        device = config.device
+        output_dir = config.output_dir
+
+    return Torn()
+
+
+@pytest.fixture
+def stage():
+    """A background whose steps wait to be let through, and what it has shown."""
+    shown, through, begun = [], threading.Semaphore(0), threading.Semaphore(0)
+
+    def steps(value):
+        for number in range(2):
+            begun.release()
+            assert through.acquire(timeout=60)
+            yield f"{value}{number}"
+
+    return Background(steps, shown.append), shown, through, begun
+
+
+def test_steps_are_shown_one_after_the_other_and_no_thread_stays(stage):
+    background, shown, through, _ = stage
+    background.give("a")
+    through.release(2)
+    background.finish()
+    assert shown == ["a0", "a1"]
+    background.give("b")
+    through.release(2)
+    background.finish()
+    assert shown == ["a0", "a1", "b0", "b1"]
+
+
+def test_what_a_newer_value_overtakes_is_not_shown_and_of_several_the_last_counts(stage):
+    background, shown, through, begun = stage
+    background.give("a")
+    assert begun.acquire(timeout=60)
+    background.give("b")
+    background.give("c")
+    through.release(3)
+    background.finish()
+    assert shown == ["c0", "c1"]
+
+
+def test_without_a_value_there_is_nothing_to_wait_for(stage):
+    background, shown, _, _ = stage
+    background.finish()
+    assert shown == []
