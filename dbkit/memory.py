@@ -44,21 +44,10 @@ TRAINED, FROZEN, STATE, AVERAGES = "trained weights", "frozen weights", "optimiz
 GRADIENTS = "gradients"
 CACHE, SAVED = "cached latents and texts", "copies that are written"
 OF_CUDA, OF_PROCESS = "CUDA, workspaces and fragments", "libraries and free blocks"
-# The settings on which the count of a step depends, beside model, sizes and arithmetic.
-_COUNTED = (
-    "train_batch_size",
-    "with_prior_preservation",
-    "train_text_encoder",
-    "recomputes_activations",
-    "memory",
-    "adapter",
-    "lora_rank",
-    "lora_modules",
-    "clip_skip",
-    "pad_tokens",
-    "loss_type",
-    "masked_loss",
-)
+# The settings on which counts depend, beside model, sizes and arithmetic: of what is trained, and of a step.
+_TRAINED = ("train_text_encoder", "memory", "adapter", "lora_rank", "lora_modules", "clip_skip")
+_STEP = ("train_batch_size", "with_prior_preservation", "recomputes_activations", "pad_tokens", "loss_type")
+_STEP += ("masked_loss",)
 # Stable Diffusion 1, for a model of which nothing is known.
 STABLE_DIFFUSION_1: dict[str, dict[str, Any]] = {
     "unet": {"cross_attention_dim": 768, "sample_size": 64},
@@ -144,7 +133,7 @@ def _sizes(configs: str) -> dict[str, int]:
 
 def trained_tensors(config: TrainConfig, configs: Configs, place: Place) -> list[torch.Tensor]:
     """What the optimizer will move, as tensors without contents."""
-    return _count_step(config, configs, place)[1]
+    return _count_at_rest(config, configs, place)[1]
 
 
 def device_peaks(config: TrainConfig, configs: Configs, place: Place, cached: int = 0, previews: int = 1) -> list[Peak]:
@@ -152,33 +141,52 @@ def device_peaks(config: TrainConfig, configs: Configs, place: Place, cached: in
 
     cached is what latents and texts take, previews how many pictures a preview makes.
     """
-    peaks = [step_peak(config, configs, place, cached), _encoding_peak(config, configs, place)]
+    return list(_phases(config, configs, place, cached, previews))
+
+
+def fits(limit: float, config: TrainConfig, configs: Configs, place: Place, cached: int = 0, previews: int = 1) -> bool:
+    """Whether every peak of device_peaks() is at most `limit` bytes. Nothing is counted once that is known."""
+    least = _step_peak([_least(config, configs, place)], config, configs, place, cached)
+    phases = _phases(config, configs, place, cached, previews)
+    return least.total <= limit and all(peak.total <= limit for peak in phases)
+
+
+def _phases(config: TrainConfig, configs: Configs, place: Place, cached: int, previews: int) -> Iterator[Peak]:
+    yield step_peak(config, configs, place, cached)
+    yield _encoding_peak(config, configs, place)
     if config.auto_test_model:
         batch = min(config.sample_batch_size, previews)
         held = {**_kept(config, configs, place), CACHE: cached}
-        peaks.append(_sampling_peak("previews", config, configs, place, batch, held))
+        yield _sampling_peak("previews", config, configs, place, batch, held)
     if config.with_prior_preservation:
         batch = min(config.sample_batch_size, config.num_class_images)
-        peaks.append(_sampling_peak("class images", config, configs, place, batch, None))
+        yield _sampling_peak("class images", config, configs, place, batch, None)
     if place.kind == "cpu":
-        peaks += process_peaks(config, configs, place, cached)
-    return peaks
+        yield from process_peaks(config, configs, place, cached)
 
 
 def step_peak(config: TrainConfig, configs: Configs, place: Place, cached: int = 0) -> Peak:
     """What an optimizer step holds at its peak, from the second one on: the first makes the optimizer's state."""
-    moments, trained = _count_step(config, configs, place)
-    kept = _kept(config, configs, place)
-    at_rest = {kind: moments[-1].get(kind, 0) for kind in (TRAINED, FROZEN)}
+    moments = _count_step(config, configs, place, config.gradient_accumulation_steps != 1)
+    return _step_peak([*moments, _least(config, configs, place)], config, configs, place, cached)
+
+
+def _step_peak(moments: list[dict[str, int]], config: TrainConfig, configs: Configs, place: Place, cached: int) -> Peak:
+    """The highest of a step's moments with what is there from step to step."""
+    most = max(moments, key=lambda parts: sum(parts.values()))
+    return _peak("a training step", {**most, **_kept(config, configs, place), CACHE: cached}, configs, place, most)
+
+
+def _least(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
+    """What a step holds while the optimizer steps, which is known without any pass."""
+    at_rest, trained = _count_at_rest(config, configs, place)
+    if config.memory == "tiny":  # block by block inside the backward pass
+        return at_rest
     count = sum(parameter.numel() for parameter in trained)
     scratch = SCRATCH.get(config.chosen_optimizer, {}).get(place.kind, 0) * count
     if config.chosen_optimizer == "adafactor":  # one tensor after the other, with its squares and its update
         scratch = 12 * max(parameter.numel() for parameter in trained)
-    stepping = {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
-    if config.memory == "tiny":  # block by block inside the backward pass
-        stepping = {}
-    most = max((*moments, stepping), key=lambda parts: sum(parts.values()))
-    return _peak("a training step", {**most, **kept, CACHE: cached}, configs, place, most)
+    return {**at_rest, GRADIENTS: _bytes(trained), ACTIVATIONS: scratch}
 
 
 def _kept(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
@@ -271,20 +279,23 @@ def _on_meta(configs: str, clip_skip: int | None) -> Models:
     return Models(None, text_encoder, vae, unet, None, {})
 
 
-def _once(count: Callable) -> Callable:
-    """Keep what was counted, by the settings that it depends on."""
-    known: dict[tuple, Any] = {}
+def _once(*names: str) -> Callable[[Callable], Callable]:
+    """Keep what a function counts, by the settings of these names, which are all that it depends on."""
 
-    @functools.wraps(count)
-    def counted(config: TrainConfig, configs: Configs, place: Place, *others: Any) -> Any:
-        settings = [getattr(config, name) for name in _COUNTED]
-        sums = config.gradient_accumulation_steps != 1
-        key = (json.dumps(configs, sort_keys=True), place, others, *settings, sums, largest_size(config))
-        if key not in known:
-            known[key] = count(config, configs, place, *others)
-        return known[key]
+    def keeping(count: Callable) -> Callable:
+        known: dict[tuple, Any] = {}
 
-    return counted
+        @functools.wraps(count)
+        def counted(config: TrainConfig, configs: Configs, place: Place, *others: Any) -> Any:
+            settings = [getattr(config, name) for name in names]
+            key = (json.dumps(configs, sort_keys=True), place, others, *settings, largest_size(config))
+            if key not in known:
+                known[key] = count(config, configs, place, *others)
+            return known[key]
+
+        return counted
+
+    return keeping
 
 
 def largest_size(config: TrainConfig) -> Size:
@@ -305,16 +316,31 @@ def _counting(models: Models, parts: list[str], place: Place) -> Iterator[tuple[
         yield ledger, arithmetic
 
 
-@_once
-def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[list[dict[str, int]], list[torch.Tensor]]:
-    """What is held at the peaks of the forward and of the backward pass, and what is trained."""
+def _trained_on_meta(config: TrainConfig, configs: Configs) -> tuple[Models, list[str], list[torch.nn.Parameter]]:
+    """The modules as a training has them: which of them a step reads, and what the optimizer moves."""
     import torch
 
     models = _on_meta(json.dumps(configs, sort_keys=True), config.clip_skip)
     with quiet(), torch.device("meta"):
         trained = train_parts(config, models, torch.device("meta"))
     parameters = [p for module in trained.values() for p in module.parameters() if p.requires_grad]
-    parts = ["unet", "text_encoder"] if config.train_text_encoder else ["unet"]
+    return models, ["unet", "text_encoder"] if config.train_text_encoder else ["unet"], parameters
+
+
+@_once(*_TRAINED)
+def _count_at_rest(config: TrainConfig, configs: Configs, place: Place) -> tuple[dict[str, int], list[torch.Tensor]]:
+    """What the weights take between two steps, and what is trained."""
+    models, parts, parameters = _trained_on_meta(config, configs)
+    with _counting(models, parts, place) as (ledger, _):
+        return ledger.next_moment(), parameters
+
+
+@_once(*_TRAINED, *_STEP)
+def _count_step(config: TrainConfig, configs: Configs, place: Place, sums: bool) -> list[dict[str, int]]:
+    """What is held at the peaks of the forward and of the backward pass. sums: gradients are there before it."""
+    import torch
+
+    models, parts, parameters = _trained_on_meta(config, configs)
 
     def take(parameter: torch.nn.Parameter) -> None:
         ledger.book(parameter.grad, GRADIENTS)
@@ -324,7 +350,7 @@ def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[li
     with _counting(models, parts, place) as (ledger, arithmetic):
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(take)
-            if config.gradient_accumulation_steps != 1:
+            if sums:
                 parameter.grad = torch.empty_like(parameter)
                 ledger.book(parameter.grad, GRADIENTS)
         ledger.next_moment()
@@ -332,9 +358,7 @@ def _count_step(config: TrainConfig, configs: Configs, place: Place) -> tuple[li
         forward = ledger.next_moment()
         run_backward(loss)
         backward = ledger.next_moment()
-    for parameter in parameters:
-        parameter.grad = None
-    return [forward, backward], parameters
+    return [forward, backward]
 
 
 def _forward(config: TrainConfig, models: Models, size: Size, arithmetic: Any) -> torch.Tensor:
@@ -366,7 +390,7 @@ def _latent_shape(models: Models, size: Size) -> tuple[int, int, int]:
     return models.vae.config.latent_channels, size[1] // factor, size[0] // factor
 
 
-@_once
+@_once()
 def _count_encoding(config: TrainConfig, configs: Configs, place: Place) -> dict[str, int]:
     """What the VAE holds beside itself while it encodes one picture, in fp32."""
     import torch
@@ -378,11 +402,23 @@ def _count_encoding(config: TrainConfig, configs: Configs, place: Place) -> dict
         return ledger.next_moment()
 
 
-@_once
+@_once(*_TRAINED)
+def _count_previews(config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool) -> dict[str, int]:
+    """What sampling so many pictures by the live modules holds."""
+    return _count_sampling(config, configs, place, batch, guided, live=True)
+
+
+@_once("clip_skip")
+def _count_class_images(
+    config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool
+) -> dict[str, int]:
+    """What sampling so many pictures by a model that is only sampled holds."""
+    return _count_sampling(config, configs, place, batch, guided, live=False)
+
+
 def _count_sampling(
     config: TrainConfig, configs: Configs, place: Place, batch: int, guided: bool, live: bool
 ) -> dict[str, int]:
-    """What sampling so many pictures holds: of the live modules, or of a model that is only sampled."""
     import torch
 
     models = _on_meta(json.dumps(configs, sort_keys=True), config.clip_skip)
@@ -421,7 +457,8 @@ def _sampling_peak(
     phase: str, config: TrainConfig, configs: Configs, place: Place, batch: int, held: dict[str, int] | None
 ) -> Peak:
     live = held is not None
-    counted = _count_sampling(config, configs, place, batch, config.guidance_scale > 1, live)
+    count = _count_previews if live else _count_class_images
+    counted = count(config, configs, place, batch, config.guidance_scale > 1)
     if live or place.kind == "cuda":
         return _peak(phase, {**counted, **(held or {})}, configs, place, counted)
     # Class images are made before the model is loaded for training.

@@ -27,6 +27,7 @@ from dbkit.memory import (
     Peak,
     Place,
     device_peaks,
+    fits,
     held,
     largest_size,
     process_peaks,
@@ -154,8 +155,8 @@ def plan(config: TrainConfig) -> Plan:
     images = sum(len(training_images(concept.instance_data_dir)) for concept in concepts_of(config))
     machine, free_ram = machine_of(config, device, dtype), _free_ram()
     free = free_ram if machine.memory is None else int(machine.memory * 1e9)
-    peaks = _peaks(config, configs, place, images)
-    fits = max(peak.total for peak in peaks) <= USABLE * free
+    peaks = device_peaks(config, configs, place, *_amounts(config, configs, images))
+    enough = max(peak.total for peak in peaks) <= USABLE * free
     trained = trained_tensors(config, configs, place)
     steps = config.max_train_steps or math.ceil(
         images * config.num_train_epochs / (config.train_batch_size * config.gradient_accumulation_steps)
@@ -170,7 +171,7 @@ def plan(config: TrainConfig) -> Plan:
         disk=_disk(config, configs, trained, run, home),
         steps=steps,
         seconds=_seconds(home, steps),
-        changes=[] if fits else cheapest_changes(config, configs, place, images, device, USABLE * free),
+        changes=[] if enough else cheapest_changes(config, configs, place, images, device, USABLE * free),
     )
 
 
@@ -188,14 +189,14 @@ def _title(config: TrainConfig, dtype: torch.dtype) -> str:
     return f"{what}, {config.chosen_optimizer}, {pictures} of {width} x {height} in each pass, {kind}{more}"
 
 
-def _peaks(config: TrainConfig, configs: Configs, place: Place, images: int) -> list[Peak]:
+def _amounts(config: TrainConfig, configs: Configs, images: int) -> tuple[int, int]:
+    """Bytes of what is cached, and how many pictures a preview makes."""
     prompts = len(concepts_of(config)) * (2 if config.with_prior_preservation else 1)
     if config.test_prompts_file:
         prompts = len(read_prompts(config.test_prompts_file))
     elif config.test_prompt:
         prompts = 1
-    previews = prompts * config.test_num_per_prompt
-    return device_peaks(config, configs, place, _cached(config, configs, images), previews)
+    return _cached(config, configs, images), prompts * config.test_num_per_prompt
 
 
 def _cached(config: TrainConfig, configs: Configs, images: int) -> int:
@@ -279,10 +280,14 @@ def cheapest_changes(
     Each was estimated, and has no change that could be left out of it.
     """
     possible = _possible(config, configs, device)
-    before = _need(config, configs, place, images)
     sets = [some for n in range(1, len(possible) + 1) for some in itertools.combinations(possible, n)]
     sets.sort(key=lambda some: sum(rank for rank, _, _ in some))
-    if not sets or _need(_changed(config, sets[-1]), configs, place, images) > limit:
+
+    def made(some: tuple) -> tuple:
+        changed = _changed(config, some)
+        return changed, configs, place, *_amounts(changed, configs, images)
+
+    if not sets or not fits(limit, *made(sets[-1])):
         return []
     found: list[Change] = []
     taken: list[set[int]] = []
@@ -290,18 +295,14 @@ def cheapest_changes(
         ranks = {rank for rank, _, _ in some}
         if any(ranks >= before_it for before_it in taken):
             continue
-        need = _need(_changed(config, some), configs, place, images)
-        if need <= limit:
+        if fits(limit, *made(some)):
             taken.append(ranks)
             settings = {name: value for _, change, _ in some for name, value in change.items()}
+            before, need = (max(peak.total for peak in device_peaks(*made(each))) for each in ((), some))
             found.append(Change(settings, "; ".join(cost for _, _, cost in some), before - need, need))
         if len(found) == 2:
             break
     return found
-
-
-def _need(config: TrainConfig, configs: Configs, place: Place, images: int) -> int:
-    return max(peak.total for peak in _peaks(config, configs, place, images))
 
 
 def _changed(config: TrainConfig, changes: tuple[tuple[int, dict[str, Any], str], ...]) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dbkit.memory import (
     TRAINED,
     Place,
     device_peaks,
+    fits,
     process_peaks,
     read_configs,
     sizes_of_parts,
@@ -187,6 +189,28 @@ def test_phases_that_a_run_does_not_have_are_not_counted(settings, prior):
 
     assert phases() == ["a training step", "encoding the images"]
     assert phases(auto_test_model=True, **prior)[2:] == ["previews", "class images"]
+
+
+@pytest.mark.parametrize("place", [CPU, HALF])
+def test_what_fits_is_what_no_phase_exceeds(settings, prior, place):
+    config = TrainConfig(**{**settings, **prior, "auto_test_model": True})
+    configs = read_configs(config)
+    most = max(peak.total for peak in device_peaks(config, configs, place))
+    assert fits(most, config, configs, place) and not fits(most - 1, config, configs, place)
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "tiny"}, {"adapter": "lora", "lora_rank": 2}])
+def test_where_weights_and_optimizer_alone_do_not_fit_no_pass_is_counted(settings, changes, monkeypatch):
+    config = TrainConfig(**{**settings, "resolution": 96, "clip_skip": 2, **changes})
+    configs = read_configs(config)
+
+    def forbidden(*values):
+        raise AssertionError("a pass was counted")
+
+    monkeypatch.setattr(sys.modules["dbkit.memory"], "_forward", forbidden)
+    assert not fits(CUDA_BYTES, config, configs, GPU)
+    with pytest.raises(AssertionError, match="a pass was counted"):
+        fits(1e12, config, configs, GPU)
 
 
 def test_more_previews_at_once_take_more(settings):

@@ -1,5 +1,6 @@
 """plan(): what a training needs, said before anything is loaded, and changes that really make it fit."""
 
+import itertools
 import json
 import re
 
@@ -24,7 +25,7 @@ from dbkit.memory import (
     step_peak,
 )
 from dbkit.models import load_models
-from dbkit.plan import cheapest_changes, out_of_memory_is_told, plan
+from dbkit.plan import _amounts, _changed, _possible, cheapest_changes, out_of_memory_is_told, plan
 from dbkit.settings import replace
 from dbkit.state import make_state
 
@@ -105,6 +106,29 @@ def test_changes_fit_when_they_are_estimated_again_and_none_is_superfluous(setti
             if name == "train_batch_size":
                 fewer.pop("gradient_accumulation_steps")
             assert need(replace(config, **fewer)) > limit
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_the_changes_are_those_that_a_search_without_shortcuts_finds(settings, share):
+    config = TrainConfig(**{**settings, **LARGE, "adapter": "lora", "lora_rank": 2, "auto_test_model": True})
+    configs = read_configs(config)
+
+    def whole(some):
+        changed = _changed(config, some)
+        return max(peak.total for peak in device_peaks(changed, configs, PLACE, *_amounts(changed, configs, 3)))
+
+    limit = PROCESS_BYTES + share * (whole(()) - PROCESS_BYTES)
+    possible = _possible(config, configs, CPU)
+    sets = [some for n in range(1, len(possible) + 1) for some in itertools.combinations(possible, n)]
+    fitting = []
+    for some in sorted(sets, key=lambda some: sum(change[0] for change in some)):
+        if whole(some) <= limit and not any(all(change in some for change in other) for other in fitting):
+            fitting.append(some)
+    expected = [{name: value for change in some for name, value in change[1].items()} for some in fitting[:2]]
+    found = cheapest_changes(config, configs, PLACE, 3, CPU, limit)
+    assert expected and [change.settings for change in found] == expected
+    assert [change.needs for change in found] == [whole(some) for some in fitting[:2]]
+    assert {change.saves + change.needs for change in found} == {whole(())}
 
 
 def test_where_nothing_helps_it_says_so(settings):
