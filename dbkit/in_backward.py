@@ -26,7 +26,8 @@ def store_in_bf16(parameters: Iterable[torch.nn.Parameter]) -> None:
 
     for parameter in parameters:
         if parameter.requires_grad and is_large(parameter):
-            parameter.data = parameter.data.to(torch.bfloat16)
+            # Row by row, whatever the memory format was: a step reads the numbers in blocks.
+            parameter.data = parameter.data.to(torch.bfloat16, memory_format=torch.contiguous_format)
 
 
 def is_large(parameter: torch.Tensor) -> bool:

@@ -190,3 +190,20 @@ def test_the_state_of_large_weights_takes_two_bytes_each():
         size = sum(value.numel() * value.element_size() for value in values)
         assert size == pytest.approx((2 + 8 / 256 if is_large(parameter) else 8) * parameter.numel())
         assert size <= state_bytes("adamw8bit", [parameter])
+
+
+def test_weights_in_another_memory_format_take_the_same_step():
+    """channels_last, which a kernel may come in: blocks of numbers follow the order of its dimensions all the same."""
+    made = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(32, 32, 3).to(memory_format=memory_format)
+        store_in_bf16(layer.parameters())
+        groups = [{"params": list(layer.parameters()), "factor": 1.0}]
+        optimizer = AdamWInBackward(groups, RATE, **OPTIONS, max_grad_norm=1e9, seed=0)
+        optimizer.begin(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(torch.linspace(-1, 1, 32 * 64).view(1, 32, 8, 8)).float().square().sum().backward()
+        optimizer.end()
+        made.append(layer.weight.detach())
+    assert torch.allclose(made[0].float(), made[1].float(), rtol=0.02)
