@@ -42,7 +42,7 @@ USABLE = 0.9
 SCRATCH = {"lion": {"cuda": 4, "mps": 4, "cpu": 4}, "prodigy": {"cuda": 4}}
 TRAINED, FROZEN, STATE, AVERAGES = "trained weights", "frozen weights", "optimizer state", "averages (EMA)"
 GRADIENTS = "gradients"
-CACHE, SAVED = "cached latents and texts", "copies that are written"
+CACHE, SAVED = "cached latents and texts", "copies for what is written"
 OF_CUDA, OF_PROCESS = "CUDA, workspaces and fragments", "libraries and free blocks"
 # The settings on which counts depend, beside model, sizes and arithmetic: of what is trained, and of a step.
 _TRAINED = ("train_text_encoder", "memory", "adapter", "lora_rank", "lora_modules", "clip_skip")
@@ -122,13 +122,14 @@ def _from_hub(name: str, file: str, revision: str | None) -> dict[str, Any]:
 
 def sizes_of_parts(configs: Configs) -> dict[str, int]:
     """The number of parameters of each part."""
-    return _sizes(json.dumps(configs, sort_keys=True))
+    return {part: sum(sizes) for part, sizes in _sizes(json.dumps(configs, sort_keys=True)).items()}
 
 
 @functools.lru_cache
-def _sizes(configs: str) -> dict[str, int]:
+def _sizes(configs: str) -> dict[str, list[int]]:
+    """How many numbers each tensor of each part has."""
     models = _on_meta(configs, None)
-    return {part: sum(p.numel() for p in getattr(models, part).parameters()) for part in WEIGHTS}
+    return {part: [p.numel() for p in getattr(models, part).parameters()] for part in WEIGHTS}
 
 
 def trained_tensors(config: TrainConfig, configs: Configs, place: Place) -> list[torch.Tensor]:
@@ -218,14 +219,19 @@ def process_peaks(config: TrainConfig, configs: Configs, place: Place, cached: i
     """What the process takes in RAM while it loads the model and while it saves, in fp32 and with its libraries."""
     parts = sizes_of_parts(configs)
     everything = 4 * sum(parts.values())
-    count = sum(parameter.numel() for parameter in trained_tensors(config, configs, place))
-    lora = config.adapter == "lora"
-    largest = count if lora else max(parts.values())
+    trained = trained_tensors(config, configs, place)
+    count = sum(parameter.numel() for parameter in trained)
+    lora, on_cpu = config.adapter == "lora", place.kind == "cpu"
     each = 4 if config.save_precision == "fp32" else 2
-    on_cpu = place.kind == "cpu"
-    # Usable weights are cast, written and read back, one part at a time; the state's are copied from a GPU.
-    copies = [largest * each * (1 if on_cpu and each == 4 else 2), 0 if on_cpu else 4 * min(count, largest)]
-    copies.append(2 * count if config.resume_state == "small" else 0)
+    # Of each file that is written one tensor at a time is copied: what is cast, and what comes from a GPU.
+    one = max(trained, key=lambda parameter: parameter.numel())
+    largest = {part: max(sizes) for part, sizes in _sizes(json.dumps(configs, sort_keys=True)).items()}
+    usable = one.numel() if lora else sum(largest.values())
+    state = one.numel() if lora else largest["unet"] + largest["text_encoder"] * config.train_text_encoder
+    copies = [0 if on_cpu and each == 4 else each * usable]
+    copies.append(0 if on_cpu else 4 * state + state_bytes(config.chosen_optimizer, [one]))
+    if config.resume_state == "small":  # all moments, before the first is written
+        copies[-1] += 2 * count
     moved = 0 if on_cpu else 4 * (parts["unet"] + parts["text_encoder"] * config.train_text_encoder)
     kept = {**_kept(config, configs, place), CACHE: cached} if on_cpu else {}
     weights = {TRAINED: 4 * count * on_cpu, FROZEN: everything - moved - (0 if lora else 4 * count * on_cpu)}

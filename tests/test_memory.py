@@ -18,6 +18,7 @@ from dbkit.memory import (
     OF_CUDA,
     OF_PROCESS,
     PROCESS_BYTES,
+    SAVED,
     STATE,
     TRAINED,
     Place,
@@ -219,12 +220,26 @@ def test_more_previews_at_once_take_more(settings):
     assert one < four
 
 
-def test_saving_takes_the_copies_that_are_written(settings, parameters):
-    config = TrainConfig(**{**settings, "save_precision": "fp16"})
-    load, save = process_peaks(config, read_configs(config), GPU)
-    assert load.total == 4 * sum(parameters.values()) + PROCESS_BYTES
-    frozen = 4 * (parameters["vae"] + parameters["text_encoder"])
-    assert save.total == frozen + 4 * parameters["unet"] + PROCESS_BYTES
+def test_saving_takes_a_copy_of_one_tensor_for_each_file(settings, model, parameters):
+    loaded = load_models(model)
+    parts = {part: getattr(loaded, part) for part in ("unet", "text_encoder", "vae")}
+    largest = {part: max(p.numel() for p in module.parameters()) for part, module in parts.items()}
+
+    def copies(place, **changes):
+        config = TrainConfig(**{**settings, **changes})
+        load, save = process_peaks(config, read_configs(config), place)
+        assert load.total == 4 * sum(parameters.values()) + PROCESS_BYTES
+        kept = sum(save.parts.get(kind, 0) for kind in (TRAINED, FROZEN, STATE, OF_PROCESS))
+        assert save.total == kept + save.parts.get(SAVED, 0)
+        return save.parts.get(SAVED, 0)
+
+    # From a GPU: the usable weights of three files, or those of the U-Net with both moments.
+    assert copies(GPU, save_precision="fp16") == max(2 * sum(largest.values()), 12 * largest["unet"])
+    assert copies(GPU, train_text_encoder=True) >= 4 * sum(largest.values())
+    assert copies(GPU, resume_state="small") == 12 * largest["unet"] + 2 * parameters["unet"]
+    # What lies in RAM anyway is copied where it is cast.
+    assert copies(CPU, save_precision="fp16") == 2 * sum(largest.values())
+    assert copies(CPU, save_precision="fp32") == 0
 
 
 def test_a_model_of_the_hub_that_is_not_here_is_said(settings):
