@@ -17,7 +17,7 @@ LISTED = """
     concepts libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits
     captioners captioning examples tensor_files models sampling class_images cache losses checkpoint copies mirror
     trackers log run_folder status resume saves rounding in_backward optimizers receipts keys families lora_files
-    lora ema attention state keeper counting memory auto preview evaluate hub planning plan train layouts
+    lora ema attention state keeper counting memory auto machine preview evaluate hub planning plan train layouts
     original_config downloads stored_models proof convert extract demo saved_models suggestions forms editor cli
 """
 ORDER = LISTED.split()
