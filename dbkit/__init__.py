@@ -29,13 +29,14 @@ from dbkit.evaluate import evaluate
 from dbkit.extract import extract_lora
 from dbkit.identifier import check_identifier
 from dbkit.lora import merge
+from dbkit.machine import describe_machine
 from dbkit.plan import Plan, plan
 from dbkit.preview import preview
 from dbkit.saved_models import SavedModels, saved_models
 from dbkit.status import RunStatus, status
 from dbkit.train import train
 from dbkit.watch import watch
-from dbkit.workspace import describe_machine, open_workspace
+from dbkit.workspace import open_workspace
 
 __version__ = "0.1.0"
 __all__ = [

@@ -31,6 +31,7 @@ PEOPLE = {"person", "people", "man", "woman", "boy", "girl", "child", "face"}
 _MEASURED = f"what suits {embedded.NAME}, by measurement at {embedded.RESOLUTION} px"
 # Ways to save memory, as (gradient_checkpointing, use_8bit_adam): none of them.
 _WHOLE = ((False, False),)
+_WITHOUT_8BIT = "; after pip install bitsandbytes it is 6 bytes a parameter less"
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,11 @@ def _lora(config: TrainConfig) -> bool:
     return config.adapter == "lora"
 
 
+def _has_moments(config: TrainConfig) -> bool:
+    """Whether there are Adam's moments to save, which a LoRA and other optimizers do not have."""
+    return not _lora(config) and config.optimizer == "adamw"
+
+
 def _or(value: Any, choice: Any) -> Any:
     return choice if value == AUTO else value
 
@@ -165,26 +171,46 @@ def _batch_and_memory(config: TrainConfig, images: Sequence[int], machine: Machi
         slow = "; 800 steps of Stable Diffusion take about 9 hours on a fast CPU" if machine.name == "CPU" else ""
         traded = "nothing is traded for memory" if config.memory == AUTO else f"memory {config.memory} is given"
         return _ways(config, _WHOLE, (1,), wanted)[0], f"{why}: {traded}{slow}"
-    # Adam's moments are what a LoRA and other optimizers do not have.
-    adam = not _lora(config) and config.optimizer == "adamw"
-    eight = machine.has_8bit_adam and adam
+    configs, known = _configs(config)
+    way, number, (need, parts), fits = _fastest_way(config, wanted, machine, configs)
+    why += f", {machine.memory:.1f} GB free: about {need:.1f} GB{known} = {parts}"
+    if not fits:
+        less = "a smaller resolution" if _lora(config) else "a LoRA"
+        why += f"; that leaves too little room: {less} or a larger GPU is needed"
+    helps = number and _has_moments(config) and not machine.has_8bit_adam
+    if helps and config.use_8bit_adam == AUTO and "memory" not in way:
+        why += _WITHOUT_8BIT
+    return way, why
+
+
+def what_suits(machine: Machine) -> str:
+    """What auto takes on a GPU for Stable Diffusion 1 at 512 px, one picture in a step, and what that needs."""
+    config = TrainConfig("model", "pictures", instance_prompt="zwx", auto=True)
+    way, number, (need, _), fits = _fastest_way(config, 1, machine, STABLE_DIFFUSION_1)
+    tiers = {TIERS[name]: name for name in ("fast", "balanced", "small")}
+    pair = (way["gradient_checkpointing"], way["use_8bit_adam"])
+    takes = f"memory {way['memory']}" if "memory" in way else f"memory {tiers[pair]}" if pair in tiers else ""
+    what = f"{takes or 'gradient_checkpointing'}, about {need:.1f} GB in a step"
+    if not fits:
+        what = f"not even {what}; train a LoRA, or with a smaller resolution"
+    return what + (_WITHOUT_8BIT if number and not machine.has_8bit_adam and "memory" not in way else "")
+
+
+def _fastest_way(
+    config: TrainConfig, wanted: int, machine: Machine, configs: Configs
+) -> tuple[dict[str, Any], int, tuple[float, str], bool]:
+    """The fastest way that fits, its number among all, what it needs in GB and in words, and whether it fits."""
+    eight = machine.has_8bit_adam and _has_moments(config)
     pairs = (*_WHOLE, (False, True), (True, True)) if eight else (*_WHOLE, (True, False))
     sizes = [size for size in (4, 2, 1) if size <= wanted]
     ways = _ways(config, pairs, sizes, wanted) + _tiny_ways(config, sizes, machine)
-    configs, known = _configs(config)
     need = functools.cache(lambda number: memory(config, configs, machine, **ways[number]))
     fitting = (number for number in range(len(ways)) if need(number)[0] <= USABLE * machine.memory)
     best = next(fitting, None)
     fits = best is not None
     if not fits:  # of ways that need the same the one that saves most, since the figures are approximate
         best = min(reversed(range(len(ways))), key=lambda number: need(number)[0])
-    why += f", {machine.memory:.1f} GB free: about {need(best)[0]:.1f} GB{known} = {need(best)[1]}"
-    if not fits:
-        less = "a smaller resolution" if _lora(config) else "a LoRA"
-        why += f"; that leaves too little room: {less} or a larger GPU is needed"
-    if best and adam and not eight and config.use_8bit_adam == AUTO and "memory" not in ways[best]:
-        why += "; after pip install bitsandbytes it is 6 bytes a parameter less"
-    return ways[best], why
+    return ways[best], best, need(best), fits
 
 
 def _ways(

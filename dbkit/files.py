@@ -108,7 +108,9 @@ def share(path: Path) -> None:
     if os.name != "nt":
         mask = os.umask(0)
         os.umask(mask)
-        path.chmod(0o666 & ~mask)
+        # Network and FUSE file systems may have permissions of their own.
+        with contextlib.suppress(PermissionError):
+            path.chmod(0o666 & ~mask)
 
 
 def sync(path: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from dbkit.models import LORA_BASE
 from dbkit.run_folder import preview_of
 from dbkit.settings import read_yaml
 from dbkit.train_config import TrainConfig
+from dbkit.workspace import colab_secret
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, HfApi
@@ -96,10 +98,10 @@ def upload_files(config: ConvertConfig, paths: Sequence[Path]) -> None:
 
 def _open_repository(config: TrainConfig | ConvertConfig, name: str) -> tuple[HfApi, RepoUrl]:
     """The client, and the repository, made if it is not there. Raises DbkitError unless the token may write to it."""
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     name = _repository_name(config.hub_model_id, name)
-    token = config.hub_token or get_token()
+    token = config.hub_token or _stored_token()
     if not token:
         raise DbkitError(
             f"push_to_hub needs a token that may write; make one at {_TOKENS} and run hf auth login, or put it in the "
@@ -124,6 +126,17 @@ def _open_repository(config: TrainConfig | ConvertConfig, name: str) -> tuple[Hf
                 "hub_model_id, or set hub_private off"
             )
     return api, repository
+
+
+def _stored_token() -> str | None:
+    """The token of the environment or the login; on Colab that of its secrets, which may be made meanwhile."""
+    from huggingface_hub import get_token
+
+    with warnings.catch_warnings():
+        # Refused once, the client does not ask Colab again in this session, and says so.
+        warnings.simplefilter("ignore")
+        token = get_token()
+    return token or colab_secret("HF_TOKEN")
 
 
 def _repository_name(hub_model_id: str | None, otherwise: str) -> str:

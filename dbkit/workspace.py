@@ -1,10 +1,9 @@
-"""The folder layout. Google Drive, Colab and local machines are told apart here and nowhere else."""
+"""The folder layout. Google Drive, Colab, Kaggle and local machines are told apart here and nowhere else."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import platform
 import shutil
 import sys
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ _MAY_BE_PATHS = (
 )
 _DRIVE = Path("/content/drive")
 _DISK = Path("/content/dbkit_runs")
+# What Kaggle keeps of a session.
+_KAGGLE = Path("/kaggle/working/dbkit")
 
 
 @dataclass(frozen=True)
@@ -102,24 +103,46 @@ def working_folder(home: Path, local_dir: Path | None) -> Path:
             raise DbkitError(f"local_dir {local_dir} cannot be made, since {blocking} is a file; choose another one")
         return run
     if on_colab() and home.is_relative_to(_DRIVE):
-        if not (_DRIVE / "MyDrive").exists():
+        if not _is_mounted():
             raise DbkitError(f"{home} is on Google Drive, which is not mounted; run the first cell of notebook 1")
         return _DISK / home.relative_to(_DRIVE)
     return home
 
 
 def default_folder() -> Path:
-    """DBKIT_WORKSPACE if set; on Colab with Drive mounted MyDrive/dbkit; else ./workspace."""
+    """DBKIT_WORKSPACE if set; on Colab with Drive mounted MyDrive/dbkit; on Kaggle what it keeps; else ./workspace."""
     if named := os.environ.get("DBKIT_WORKSPACE"):
         return Path(named).expanduser().absolute()
-    if on_colab() and (_DRIVE / "MyDrive").exists():
+    if on_kaggle():
+        return _KAGGLE
+    if on_colab() and _is_mounted():
         return _DRIVE / "MyDrive" / "dbkit"
     return Path("workspace").absolute()
 
 
 def on_colab() -> bool:
     """Whether this kernel is Google Colab's, which imports its own package before the first cell."""
-    return "google.colab" in sys.modules
+    return "google.colab" in sys.modules and not on_kaggle()
+
+
+def on_kaggle() -> bool:
+    """Whether this is a notebook of Kaggle, whose machine is made from Colab's and has its package too."""
+    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+
+
+def gpu_hint() -> str:
+    """How one gets a GPU here, as the end of a sentence; nothing where there is nothing to choose."""
+    if on_colab():
+        return "; on Colab choose Runtime, Change runtime type, T4 GPU"
+    return "; on Kaggle choose Settings, Accelerator, GPU T4 x2" if on_kaggle() else ""
+
+
+def _is_mounted() -> bool:
+    """Whether Google Drive is there and answers; a mount point that lost its Drive is there and fails."""
+    try:
+        return (_DRIVE / "MyDrive").is_dir()
+    except OSError:
+        return False
 
 
 def require_download(wanted: bool) -> None:
@@ -135,28 +158,48 @@ def download(path: Path) -> None:
     files.download(str(path))
 
 
-def open_workspace(folder: str | Path | None = None) -> Workspace:
-    """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given."""
-    if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ:
-        from google.colab import drive
+def colab_secret(name: str) -> str | None:
+    """A secret of this Colab notebook; None where there is none, and elsewhere.
 
-        drive.mount(str(_DRIVE))
-        if not (_DRIVE / "MyDrive").exists():
-            raise DbkitError("Google Drive is not mounted; run the cell again and allow access")
+    Raises DbkitError where the notebook may not read it, or Colab does not answer.
+    """
+    if not on_colab():
+        return None
+    from google.colab import userdata
+
+    try:
+        return userdata.get(name)
+    except userdata.SecretNotFoundError:
+        return None
+    except userdata.NotebookAccessError as error:
+        raise DbkitError(
+            f"this notebook may not read the secret {name}; click the key at Colab's left, turn on notebook access "
+            "beside it, and run the cell again"
+        ) from error
+    except userdata.TimeoutException as error:
+        raise DbkitError(
+            f"Colab does not answer when asked for the secret {name}; open the notebook in Colab and run the cell again"
+        ) from error
+
+
+def open_workspace(folder: str | Path | None = None) -> Workspace:
+    """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given.
+
+    Raises DbkitError where Drive is not mounted, or the folder cannot be made.
+    """
+    if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ and not _is_mounted():
+        _mount()
     return Workspace(Path(folder).expanduser().absolute() if folder else default_folder())
 
 
-def describe_machine() -> str:
-    """What this machine has for training: Python, torch, GPU and its memory, in a line each."""
-    import torch
+def _mount() -> None:
+    """Mount Google Drive, which asks the person; also in place of one that was lost."""
+    from google.colab import drive
 
-    lines = [f"Python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} CPU cores"]
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        lines.append(f"GPU: {torch.cuda.get_device_name()}, {size(free)} of {size(total)} free")
-    elif torch.backends.mps.is_available():
-        lines.append("GPU: Apple (mps)")
-    else:
-        hint = "; on Colab choose Runtime, Change runtime type, GPU" if on_colab() else ""
-        lines.append(f"GPU: none, so training is slow and a small model is suggested{hint}")
-    return "\n".join(lines)
+    why = ""
+    try:
+        drive.mount(str(_DRIVE))
+    except Exception as error:  # of several classes, of which the one for a refusal is private
+        why = f" ({error})"
+    if not _is_mounted():
+        raise DbkitError(f"Google Drive is not mounted{why}; run the cell again and allow access")

@@ -1,10 +1,12 @@
 """Files whole or not at all, a real full disk, stop signals, and names that every system takes."""
 
+import errno
 import hashlib
 import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from dbkit.files import (
     require_space,
     safe_name,
     sha256,
+    share,
     size,
     stop_requests,
     whole_file,
@@ -207,3 +210,13 @@ def test_a_safe_name_fits_where_file_systems_count_bytes(tmp_path):
         assert name == text[: len(name)] and 150 < len(name.encode()) <= 200
         with whole_file(tmp_path / f"{name}.safetensors", alone=True) as partial:
             partial.touch()
+
+
+def test_a_file_system_with_permissions_of_its_own_is_used_as_it_is(tmp_path, monkeypatch):
+    def refused(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    (tmp_path / "file").write_bytes(b"whole")
+    monkeypatch.setattr(Path, "chmod", refused)
+    share(tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == b"whole"

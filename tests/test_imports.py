@@ -17,8 +17,8 @@ LISTED = """
     concepts libraries processes zero tokenizer text identifier faces measures doctor sources report dataset edits
     captioners captioning examples tensor_files models sampling class_images encoding cache losses checkpoint copies
     mirror trackers log run_folder best_step charts status watch resume saves rounding in_backward optimizers
-    receipts keys families lora_files lora ema attention state keeper counting memory auto preview evaluate hub
-    planning plan judge train layouts original_config downloads stored_models proof convert extract demo
+    receipts keys families lora_files lora ema attention state keeper counting memory auto machine preview evaluate
+    hub planning plan judge train layouts original_config downloads stored_models proof convert extract demo
     saved_models suggestions train_summary forms editor cli
 """
 ORDER = LISTED.split()

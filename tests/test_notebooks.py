@@ -1,12 +1,14 @@
-"""The notebooks are thin, carry no outputs, and share one first cell that names this version."""
+"""The notebooks are thin, carry no outputs, and share their first two cells: Drive, and the install of this version."""
 
 import ast
 import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -43,8 +45,8 @@ def test_no_outputs_counts_or_widget_state_are_stored(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_cells_after_the_first_import_show_and_call_only(path):
-    cells = code_cells(path)[1:]
+def test_cells_after_the_first_two_import_show_and_call_only(path):
+    cells = code_cells(path)[2:]
     assert len(cells) <= 8 and sum(len(source(cell).splitlines()) for cell in cells) <= 20
     for cell in cells:
         tree = ast.parse(source(cell))
@@ -101,9 +103,35 @@ def test_a_killed_kernel_costs_nothing_when_the_notebook_is_run_again_from_its_f
     assert [line["step"] for line in read_log(killed / "log.jsonl")] == list(range(1, 11))
 
 
-def test_the_first_cell_is_the_same_everywhere_and_installs_this_version():
-    firsts = {source(code_cells(path)[0]) for path in NOTEBOOKS}
-    assert len(firsts) == 1
+def test_the_first_cell_mounts_the_drive_and_does_nothing_else():
+    (first,) = {source(code_cells(path)[0]) for path in NOTEBOOKS}
+    calls = [ast.unparse(node) for node in ast.walk(ast.parse(first)) if isinstance(node, ast.Call)]
+    assert calls == ["drive.mount('/content/drive')"]
+
+
+def test_the_second_cell_is_the_same_everywhere_and_installs_this_version():
+    (second,) = {source(code_cells(path)[1]) for path in NOTEBOOKS}
+    assert f'"dbkit-{dbkit.__version__}-py3-none-any.whl"' in second
     # By its path: a package of this name that someone puts on an index is never taken for it.
-    wheel = f"/content/drive/MyDrive/dbkit/dbkit-{dbkit.__version__}-py3-none-any.whl"
-    assert f"%pip install -q {wheel}\n" in firsts.pop() + "\n"
+    assert second.endswith('    %pip install -q "{wheel}"') and "/content/drive/MyDrive/dbkit" in second
+
+
+@pytest.mark.parametrize(("kaggle", "place"), [(True, "/kaggle/input"), (False, "/content/drive/MyDrive/dbkit")])
+def test_a_wheel_that_is_not_there_is_said_with_what_to_do(monkeypatch, kaggle, place):
+    second = source(code_cells(NOTEBOOKS[0])[1]).replace("%pip install", "pass  #")
+    monkeypatch.setitem(sys.modules, "google.colab", types.ModuleType("google.colab"))
+    if kaggle:
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    with pytest.raises(FileNotFoundError) as error:
+        exec(compile(second, "cell", "exec"), {})
+    wheel, how = (
+        f"dbkit-{dbkit.__version__}-py3-none-any.whl",
+        "as a dataset" if kaggle else "in a folder dbkit of your",
+    )
+    assert str(error.value).startswith(f"{wheel} is not in {place}; make it by `make wheel`, add it {how}")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_nothing_waits_for_typed_words_and_nothing_serves_a_page(path):
+    text = "\n".join(source(cell) for cell in code_cells(path))
+    assert not re.search(r"\b(input|getpass)\(|\b(gradio|streamlit|ngrok|cloudflared|localtunnel)\b", text)

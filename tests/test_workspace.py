@@ -1,15 +1,24 @@
 """The folder that notebooks share: where it is, what is in it, and what is newest there."""
 
+import importlib
 import os
 import sys
 import types
 from pathlib import Path
 
 import pytest
-import torch
 
-from dbkit import ConvertConfig, DbkitError, PrepareConfig, TrainConfig, describe_machine, open_workspace
-from dbkit.workspace import default_folder, download, on_colab, require_download, working_folder
+from dbkit import ConvertConfig, DbkitError, PrepareConfig, TrainConfig, open_workspace
+from dbkit.workspace import (
+    colab_secret,
+    default_folder,
+    download,
+    gpu_hint,
+    on_colab,
+    on_kaggle,
+    require_download,
+    working_folder,
+)
 
 
 def colab(monkeypatch, tmp_path, mount):
@@ -64,6 +73,64 @@ def test_on_colab_a_drive_that_is_not_mounted_is_a_sentence(monkeypatch, tmp_pat
     colab(monkeypatch, tmp_path, lambda place: None)
     with pytest.raises(DbkitError, match=r"^Google Drive is not mounted; run the cell again and allow access$"):
         open_workspace()
+
+
+def test_why_a_drive_is_not_mounted_is_in_the_sentence(monkeypatch, tmp_path):
+    def refused(place):
+        raise ValueError("mount failed")
+
+    colab(monkeypatch, tmp_path, refused)
+    with pytest.raises(
+        DbkitError, match=r"^Google Drive is not mounted \(mount failed\); run the cell again and allow"
+    ):
+        open_workspace()
+
+
+def test_a_drive_that_is_mounted_is_left_alone(monkeypatch, tmp_path):
+    colab(monkeypatch, tmp_path, lambda place: pytest.fail("it was mounted again"))
+    (tmp_path / "drive" / "MyDrive").mkdir(parents=True)
+    assert open_workspace().path == open_workspace().path == tmp_path / "drive" / "MyDrive" / "dbkit"
+
+
+def test_kaggle_is_told_apart_though_it_has_colabs_package(monkeypatch, tmp_path):
+    colab(monkeypatch, tmp_path, lambda place: pytest.fail("the drive was mounted"))
+    assert gpu_hint() == "; on Colab choose Runtime, Change runtime type, T4 GPU"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
+    monkeypatch.setattr("dbkit.workspace._KAGGLE", tmp_path / "working" / "dbkit")
+    assert on_kaggle() and not on_colab()
+    assert open_workspace().path == tmp_path / "working" / "dbkit"
+    assert gpu_hint() == "; on Kaggle choose Settings, Accelerator, GPU T4 x2"
+
+
+@pytest.fixture
+def secrets(monkeypatch, tmp_path):
+    """Colab's stand-in, with a file of secrets that is not there yet."""
+    monkeypatch.syspath_prepend(Path(__file__).with_name("colab"))
+    monkeypatch.setenv("COLAB_ACCOUNT", str(tmp_path))
+    before = set(sys.modules)
+    importlib.invalidate_caches()
+    importlib.import_module("google.colab")
+    yield tmp_path / "secrets.json"
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] == "google":
+            del sys.modules[name]
+
+
+def test_colabs_secrets_are_read_and_a_refusal_says_what_to_click(secrets):
+    with pytest.raises(
+        DbkitError, match="Colab does not answer when asked for the secret HF_TOKEN; open the notebook in"
+    ):
+        colab_secret("HF_TOKEN")
+    secrets.write_text('{"HF_TOKEN": {"payload": "hf_writes", "access": false}}')
+    with pytest.raises(DbkitError, match="may not read the secret HF_TOKEN; click the key at Colab's left, turn on"):
+        colab_secret("HF_TOKEN")
+    assert colab_secret("ANOTHER") is None
+    secrets.write_text('{"HF_TOKEN": {"payload": "hf_writes", "access": true}}')
+    assert colab_secret("HF_TOKEN") == "hf_writes"
+
+
+def test_elsewhere_there_are_no_secrets():
+    assert colab_secret("HF_TOKEN") is None
 
 
 def test_a_run_whose_home_is_on_the_drive_works_on_colabs_own_disk(monkeypatch, tmp_path):
@@ -169,13 +236,6 @@ def test_a_model_is_taken_from_the_workspace_if_it_is_there():
 def test_settings_without_a_model_name_are_anchored_too():
     workspace = open_workspace()
     assert workspace.anchor(ConvertConfig("a.ckpt", "models/a")).destination == workspace.path / "models" / "a"
-
-
-def test_the_machine_is_described_in_lines():
-    lines = describe_machine().splitlines()
-    assert torch.__version__ in lines[0]
-    assert lines[1].startswith("GPU: ")
-    assert lines[1].startswith("GPU: none") == (not torch.cuda.is_available() and not torch.backends.mps.is_available())
 
 
 def test_a_file_is_handed_to_the_browser_on_colab_alone(monkeypatch, tmp_path):

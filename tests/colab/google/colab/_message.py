@@ -1,0 +1,2 @@
+class MessageError(Exception):
+    """What the browser says instead of an answer."""

@@ -1,0 +1,2 @@
+class Error(Exception):
+    """The base of Colab's errors."""
