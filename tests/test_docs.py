@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import json
 import re
 import shlex
 import shutil
@@ -18,7 +19,9 @@ from dbkit.config import COMMANDS
 from dbkit.settings import field_type
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+PATHS = [ROOT / "README.md", ROOT / "README.zh-CN.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "docs").glob("*/*.md")]
+PLACES = {path.relative_to(ROOT / "docs").as_posix() if "docs" in path.parts else path.name: path for path in PATHS}
+PAGES = {name: path.read_text(encoding="utf-8") for name, path in PLACES.items()}
 # Those that speak of settings to users; architecture.md speaks of functions, settings.md is made from the settings.
 FOR_USERS = sorted(PAGES.keys() - {"architecture.md", "settings.md"})
 RECIPES = re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", PAGES["custom.md"], re.DOTALL | re.MULTILINE)
@@ -32,6 +35,9 @@ OTHERS = {
     "left_out",
     "class_leak",
     "subject_fidelity",
+    "prompt_fidelity",
+    "validation_loss",
+    "class_loss",
     "fsdp_version",
     "cosine_with_hard_restarts",
 }
@@ -56,7 +62,7 @@ def slugs(page: str) -> set[str]:
 
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_every_link_of_a_page_leads_somewhere(name):
-    folder = ROOT if name == "README.md" else ROOT / "docs"
+    folder = PLACES[name].parent
     for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[name]):
         if target.startswith("http"):
             continue
@@ -200,3 +206,26 @@ def test_a_quoted_sentence_is_dbkits_own(quoted):
     assert len("".join(parts)) > 10
     pattern = re.compile(".*?".join(map(re.escape, parts)), re.DOTALL)
     assert any(pattern.search(text) for text in sentences())
+
+
+def blocks(page: str) -> list[str]:
+    """Its code, but for what is a picture of folders."""
+    return [
+        code for code in re.findall(r"^```\w*\n(.*?)```", page, re.DOTALL | re.MULTILINE) if "settings.yaml" not in code
+    ]
+
+
+def test_the_chinese_readme_has_the_same_commands():
+    assert blocks(PAGES["README.zh-CN.md"]) == blocks(PAGES["README.md"])
+
+
+def test_the_chinese_words_of_the_notebooks_cover_each_heading():
+    page = PAGES["zh-CN/notebooks.md"]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
+        title, *headings = re.findall(r"^#+ (.+)$", "\n".join(texts), re.MULTILINE)
+        own = page.partition(f"## {title}（")[2].partition("\n## ")[0]
+        # What needs no words of its own in either language.
+        missing = [heading for heading in headings if f"### {heading}（" not in own and heading != "Look"]
+        assert own and not missing, (path.name, missing)
