@@ -44,10 +44,7 @@ class Judge:
         # Lines after the state that is continued from belong to steps that are taken again, measured or not.
         self.lines = [line for line in read_lines(run, FIGURES) if plan.done and line["step"] <= plan.done]
         if self.on or (processes.rank() == 0 and (run / FIGURES).exists()):
-            try:
-                self._write()
-            except (DbkitError, OSError) as error:
-                print(f"the figures of saved steps cannot be written: {error}")
+            self._write()
 
     def __call__(self, step: int) -> None:
         """Measure the live model and the previews of a step, unless a kill came after that was done."""
@@ -55,14 +52,18 @@ class Judge:
             return
         try:
             self.lines.append({"step": step, **self.losses(), **self._of_previews(step)})
-            self._write()
         except (DbkitError, OSError, RuntimeError) as error:
-            # What only advises must not end a training: too little memory, a full disk, a picture that is gone.
+            # What only advises must not end a training: too little memory, a picture that is gone.
             print(f"step {step} is not measured: {error}")
+        else:
+            self._write()
 
     def _write(self) -> None:
-        # All of them at once: half a line that a full disk took would spoil the next one.
-        write_text(self.run / FIGURES, "".join(json.dumps(line) + "\n" for line in self.lines))
+        try:
+            # All of them at once: half a line that a full disk took would spoil the next one.
+            write_text(self.run / FIGURES, "".join(json.dumps(line) + "\n" for line in self.lines))
+        except (DbkitError, OSError) as error:
+            print(f"the figures of saved steps cannot be written: {error}; the next saved step tries again")
 
     def _of_previews(self, step: int) -> dict[str, float]:
         """The figures of the preview pictures, each a mean; none where there are no pictures or nobody to judge."""

@@ -91,7 +91,7 @@ def test_a_figure_that_cannot_be_written_ends_no_training(settings, tmp_path, ca
     judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
     judge.plan = types.SimpleNamespace(previews=[])
     judge(1)
-    assert "step 1 is not measured: " in capsys.readouterr().out
+    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
 
 
 def test_figures_that_cannot_be_written_at_the_beginning_end_no_training(settings, tmp_path, capsys):
