@@ -71,7 +71,8 @@ def _afterwards(lines: dict[int, dict[str, Any]], step: int, lost: tuple[str, in
     if max(_loss(lost, own, line) for line in later) > (1 - SHARE) * best:
         signs.append("the class drifts")
     # Against what the words agreed with at the beginning, since judges differ in their scales.
-    most = (1 - SHARE) * abs(lines[0].get("prompt_fidelity") or 0)
+    agreed = lines[0].get("prompt_fidelity")
+    most = (1 - SHARE) * abs(agreed) if finite(agreed) else 0
     if max(_loss(("prompt_fidelity", 1), own, line) for line in later) > most > 0:
         signs.append("pictures follow their prompts less")
     return f"after {step} {' and '.join(signs)}" if signs else f"what comes after {step} adds little"

@@ -21,7 +21,7 @@ from dbkit import processes
 from dbkit.buckets import Size
 from dbkit.errors import DbkitError
 from dbkit.examples import Example
-from dbkit.files import whole_file
+from dbkit.files import sha256, whole_file
 from dbkit.images import View, read_image, render
 from dbkit.tensor_files import bytes_of, held, is_finite, open_tensors, write_safetensors
 
@@ -141,7 +141,7 @@ def _by_vae(
             by_size.setdefault(picture.example.size, []).append(name)
     if by_size:
         vae.to(device)
-    opened = functools.lru_cache(1)(read_image)  # the views of an image follow one another
+    opened = functools.lru_cache(1)(_read_unchanged)  # the views of an image follow one another
     found: dict[str, torch.Tensor] = {}
     title = f"latents, {len(known)} of {len(wanted)} found"
     with (
@@ -152,7 +152,7 @@ def _by_vae(
             count = at_once(size, device.type)
             for first in range(0, len(names), count):
                 some = names[first : first + count]
-                pixels = [wanted[name].pixels(opened(wanted[name].example.path)) for name in some]
+                pixels = [wanted[name].pixels(opened(wanted[name].example)) for name in some]
                 pixels += pixels[-1:] * (count - len(some))
                 posterior = vae.encode(torch.stack(pixels).to(device)).latent_dist
                 latents = torch.stack([posterior.mean, posterior.std], dim=1) * vae.config.scaling_factor
@@ -160,6 +160,17 @@ def _by_vae(
                 bar.update(len(some))
     # Only here, so that pictures are read while a GPU encodes those before them.
     return {name: latents.cpu() for name, latents in found.items()}
+
+
+def _read_unchanged(example: Example) -> Image.Image:
+    """The picture of an example. Raises DbkitError where its file is not what was looked at when training began.
+
+    Its latents would be kept under the digest of the earlier one, and found for it by every later run.
+    """
+    image = read_image(example.path)
+    if sha256(example.path) != example.sha256:
+        raise DbkitError(f"{example.path} was changed after training began; start training again")
+    return image
 
 
 def _read(names: Set[str], files: Sequence[Path]) -> dict[str, torch.Tensor]:

@@ -17,10 +17,9 @@ from dbkit.errors import DbkitError
 from dbkit.evaluate import Clip, Dino, judges_of, without_identifier
 from dbkit.files import write_text
 from dbkit.images import read_image, render
-from dbkit.log import read_log
 from dbkit.planning import RunPlan
 from dbkit.preview import single_picture
-from dbkit.run_folder import FIGURES, preview_of
+from dbkit.run_folder import FIGURES, preview_of, read_lines
 from dbkit.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -42,23 +41,29 @@ class Judge:
         self.photographs: dict[int, torch.Tensor] = {}  # features of those of each concept
         self.blind = not config.auto_test_model
         self.on = config.judge_steps and processes.rank() == 0
-        if self.on:
-            # Lines after the state that is continued from belong to steps that are taken again.
-            kept = [line for line in read_log(run / FIGURES) if plan.done and line["step"] <= plan.done]
-            write_text(run / FIGURES, "".join(json.dumps(line) + "\n" for line in kept))
-            self.known = {line["step"] for line in kept}
+        # Lines after the state that is continued from belong to steps that are taken again, measured or not.
+        self.lines = [line for line in read_lines(run, FIGURES) if plan.done and line["step"] <= plan.done]
+        if self.on or (processes.rank() == 0 and (run / FIGURES).exists()):
+            self._write()
 
     def __call__(self, step: int) -> None:
         """Measure the live model and the previews of a step, unless a kill came after that was done."""
-        if not self.on or step in self.known:
+        if not self.on or any(line["step"] == step for line in self.lines):
             return
         try:
-            line = {"step": step, **self.losses(), **self._of_previews(step)}
-            with (self.run / FIGURES).open("a", encoding="utf-8", newline="\n") as file:
-                file.write(json.dumps(line) + "\n")
+            self.lines.append({"step": step, **self.losses(), **self._of_previews(step)})
         except (DbkitError, OSError, RuntimeError) as error:
-            # What only advises must not end a training: too little memory, a full disk, a picture that is gone.
+            # What only advises must not end a training: too little memory, a picture that is gone.
             print(f"step {step} is not measured: {error}")
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            # All of them at once: half a line that a full disk took would spoil the next one.
+            write_text(self.run / FIGURES, "".join(json.dumps(line) + "\n" for line in self.lines))
+        except (DbkitError, OSError) as error:
+            print(f"the figures of saved steps cannot be written: {error}; the next saved step tries again")
 
     def _of_previews(self, step: int) -> dict[str, float]:
         """The figures of the preview pictures, each a mean; none where there are no pictures or nobody to judge."""

@@ -182,9 +182,10 @@ def _committed(parent: Path, verify: bool) -> list[Saved]:
         before, folders = folders, by_step(parent)
         if whole or before == folders:
             break
-    oldest = min((saved.step for saved in found if not saved.fault), default=-1)
-    # Rotation takes the manifest first: an older folder without one is being removed, and no damage.
-    return [s for s in found if not s.fault or s.step > oldest or (s.folder / MANIFEST).exists()]
+    newest = max((saved.step for saved in found if not saved.fault), default=-1)
+    # Rotation takes the manifest first: an older folder without one is being removed, and no damage. The recommended
+    # checkpoint stays, so what goes may lie between two that are whole.
+    return [s for s in found if not s.fault or s.step > newest or (s.folder / MANIFEST).exists()]
 
 
 def _read_saved(folder: Path, step: int | None, verify: bool) -> Saved:

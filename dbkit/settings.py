@@ -214,6 +214,8 @@ def coerce(value: Any, kind: Any) -> Any:
     if kind is Path:
         if not str(value).strip():
             raise ValueError("is empty; write a path")
+        if "\0" in str(value) or any("\ud800" <= letter < "\udc80" for letter in str(value)):
+            raise ValueError(f"is {str(value)!r}, which has characters that no file's name has; type it again")
         try:
             return Path(str(value)).expanduser()
         except RuntimeError as error:

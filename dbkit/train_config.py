@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -657,12 +658,13 @@ class TrainConfig(Settings):
             *self._memory_mistakes(),
         ]
         model = Path(self.pretrained_model_name_or_path)
-        if self.revision and local_folder(model).exists():
+        # Not Path.exists(), which raises where a name is longer than a file's can be.
+        if self.revision and os.path.exists(local_folder(model)):  # noqa: PTH110
             mistakes.append(f"revision has no effect on the folder {model}; leave revision out")
         used = {"instance_data_dir": self.instance_data_dir, "class_data_dir": self.class_data_dir}
-        used |= {"pretrained_model_name_or_path": model} if model.exists() else {}
+        used |= {"pretrained_model_name_or_path": model} if os.path.exists(model) else {}  # noqa: PTH110
         vae = self.pretrained_vae_name_or_path
-        used |= {"pretrained_vae_name_or_path": Path(vae)} if vae and Path(vae).exists() else {}
+        used |= {"pretrained_vae_name_or_path": Path(vae)} if vae and os.path.exists(vae) else {}  # noqa: PTH110
         for name, folder in used.items():
             if self.output_dir and folder and folder.resolve().is_relative_to(self.output_dir.resolve()):
                 mistakes.append(f"output_dir {self.output_dir} holds {name} {folder}; choose another output_dir")

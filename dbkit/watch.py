@@ -11,6 +11,8 @@ from typing import Any
 
 from dbkit import processes
 from dbkit.config import WatchConfig
+from dbkit.errors import DbkitError
+from dbkit.files import is_locked
 from dbkit.settings import configured_by
 from dbkit.status import RunStatus, duration, status, status_at_work
 
@@ -29,12 +31,19 @@ def watch(config: WatchConfig) -> None:
     """
     show = _Region() if in_notebook() else _Line()
     with contextlib.suppress(KeyboardInterrupt):
+        shown = None
         while True:
-            shown = status(config.run)
-            ended = not shown.at_work and (shown.finished or shown.at_work is False)
-            show(shown, last=ended)
-            if ended:
-                return
+            try:
+                shown = status(config.run)
+            except DbkitError:
+                # A training that starts over moves the run aside, and begins it anew once its data is looked at.
+                if not shown or not is_locked(shown.place.folder):
+                    raise
+            else:
+                ended = not shown.at_work and (shown.finished or shown.at_work is False)
+                show(shown, last=ended)
+                if ended:
+                    return
             time.sleep(config.every_seconds)
 
 

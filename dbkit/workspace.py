@@ -70,10 +70,10 @@ class Workspace:
                 changes[field.name] = self.path / value
         for name in _MAY_BE_PATHS:
             value = getattr(config, name, None)
-            # An address may be longer than a file system lets one ask for.
             if not isinstance(value, str) or value in ("", embedded.NAME) or "://" in value:
                 continue
-            if (self.path / value).exists():
+            # Not Path.exists(), which raises where a name is longer than a file's can be.
+            if os.path.exists(self.path / value):  # noqa: PTH110
                 changes[name] = str(self.path / value)
         return dataclasses.replace(config, **changes)
 

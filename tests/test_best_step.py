@@ -61,3 +61,12 @@ def test_where_nothing_was_gained_the_step_that_lost_least_is_named():
 )
 def test_nothing_is_recommended_where_too_little_was_measured(measured):
     assert recommend(measured, STEPS) is None
+
+
+@pytest.mark.parametrize("value", ["0.3", None, [], True, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["subject_fidelity", "prompt_fidelity", "class_leak"])
+def test_a_figure_of_the_base_that_is_no_number_is_as_if_it_were_not_there(name, value):
+    measured = lines(subject_fidelity=LEARNT, prompt_fidelity=LEARNT, class_leak=[0.2] * 7)
+    without = [{key: figure for key, figure in line.items() if line["step"] or key != name} for line in measured]
+    measured[0][name] = value
+    assert recommend(measured, STEPS) == recommend(without, STEPS)

@@ -11,6 +11,7 @@ from dbkit import ConvertConfig, DbkitError, PrepareConfig, PreviewConfig, Train
 from dbkit.cli import main
 from dbkit.config import COMMANDS
 from dbkit.settings import coerce, field_type, groups, plain, to_yaml
+from dbkit.workspace import open_workspace
 
 ROOT = Path(__file__).parents[1]
 
@@ -378,3 +379,15 @@ def test_choices_may_stand_in_one_text():
     assert config.leave_out == PrepareConfig("in", "out", leave_out=["blurred", "near-duplicate"]).leave_out
     with pytest.raises(DbkitError, match=r"leave_out is 'blured'; choose one of .*; did you mean 'blurred'"):
         PrepareConfig("in", "out", leave_out="blured,text")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "a\ud83d"])
+def test_a_path_with_characters_that_no_file_has_is_refused(text):
+    with pytest.raises(DbkitError, match="characters that no file's name has; type it again"):
+        TrainConfig("model", text, instance_prompt="zwx")
+
+
+def test_a_name_longer_than_a_file_may_have_is_one_of_the_hub():
+    name = "x" * 5000
+    config = TrainConfig(name, "photos", instance_prompt="zwx", pretrained_vae_name_or_path=name, revision="main")
+    assert open_workspace().anchor(config).pretrained_model_name_or_path == name

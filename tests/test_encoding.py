@@ -18,7 +18,7 @@ from PIL import Image
 from test_train import assert_equal, assert_same_run, state_of, stop_in_pass
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from dbkit import encoding, train
+from dbkit import DbkitError, encoding, train
 from dbkit.cache import encode_images
 from dbkit.concepts import concepts_of
 from dbkit.encoding import FILE, Picture, at_once, encode, files_near
@@ -180,6 +180,16 @@ def test_what_is_changed_of_a_picture_is_encoded_again_and_its_name_is_none_of_i
     assert passes(center_crop=False) == 3  # what the file held before is not needed any more
     assert passes(center_crop=False, hflip=True) == 3
     assert passes(center_crop=False, seed=1) == 3
+
+
+def test_a_picture_that_changes_while_training_begins_is_refused_and_its_latents_are_not_kept(
+    models, config, photos, tmp_path
+):
+    pictures = pictures_of(config)
+    draw_photo(photos / "teal.png", colour="navy")
+    with pytest.raises(DbkitError, match=r"teal\.png was changed after training began; start training again"):
+        encode(models.vae, pictures, CPU, [tmp_path / FILE])
+    assert not (tmp_path / FILE).exists()
 
 
 def test_a_picture_is_framed_as_the_kept_latents_were():

@@ -88,10 +88,37 @@ def test_a_run_that_goes_on_keeps_the_figures_of_the_steps_it_has_and_measures_t
 def test_a_figure_that_cannot_be_written_ends_no_training(settings, tmp_path, capsys):
     (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
     judge = Judge.__new__(Judge)
-    judge.on, judge.known, judge.run, judge.losses, judge.blind = True, set(), tmp_path / "run", dict, True
+    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
     judge.plan = types.SimpleNamespace(previews=[])
     judge(1)
-    assert "step 1 is not measured: " in capsys.readouterr().out
+    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+
+
+def test_figures_that_cannot_be_written_at_the_beginning_end_no_training(settings, tmp_path, capsys):
+    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
+    train(**settings | MEASURED)
+    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+
+
+def test_what_a_disk_did_not_take_is_written_with_the_next_step(tmp_path):
+    judge = Judge.__new__(Judge)
+    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
+    judge.plan = types.SimpleNamespace(previews=[])
+    path = tmp_path / "run" / "figures.jsonl"
+    path.mkdir(parents=True)
+    judge(1)
+    path.rmdir()
+    judge(2)
+    assert [line["step"] for line in read_log(path)] == [1, 2]
+
+
+def test_figures_of_steps_that_are_taken_again_go_where_they_are_not_measured_again(settings, tmp_path):
+    train(**settings | MEASURED)
+    path = tmp_path / "run" / "figures.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + '{"step": 3, "validation_loss": 0.001}\n')
+    train(**settings | MEASURED | {"judge_steps": False, "max_train_steps": 3})
+    assert path.read_text() == whole
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,12 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
 
 
+def test_a_line_that_is_nested_without_end_is_left_out(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n' + "[" * 100_000)
+    assert read_log(path) == [{"step": 1}]
+
+
 def test_a_log_that_is_not_there_is_empty(tmp_path):
     assert read_log(tmp_path / "log.jsonl") == []
 

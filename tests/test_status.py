@@ -240,6 +240,15 @@ def test_what_is_being_written_or_removed_is_no_damage(run):
     assert shown.home.damaged == []
 
 
+def test_a_checkpoint_that_is_being_removed_beside_an_older_one_that_stays_is_no_damage(run):
+    for step in (1, 3):
+        commit(step_folder(run / "checkpoints", step), step, write_five, {})
+    (run / "checkpoints" / "step_000002" / "manifest.json").unlink()
+    assert [saved.step for saved in status(run).home.checkpoints] == [1, 3]
+    (run / "checkpoints" / "step_000003" / "manifest.json").unlink()
+    assert [saved.folder.name for saved in status(run).home.damaged] == ["step_000002", "step_000003"]
+
+
 def test_files_may_come_and_go_while_it_looks(tmp_path):
     run = tmp_path / "run"
     write_text(run / "settings.yaml", "max_train_steps: 100000\n")

@@ -36,6 +36,18 @@ def test_it_goes_on_as_long_as_somebody_works_at_the_run(run, monkeypatch, capsy
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
+def test_it_waits_for_a_run_that_a_training_moves_aside_to_start_over(run, monkeypatch, capsys):  # noqa: F811
+    aside = run.with_name("dog-1")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(at_work(run))
+        # Instead of waiting, the other process goes on.
+        happens = iter([lambda: run.rename(aside), lambda: aside.rename(run), stack.close])
+        monkeypatch.setattr("time.sleep", lambda seconds: next(happens)())
+        watch(run)
+    assert "dog: step 6 of 8 (75%), no process here is at work" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
 def test_an_interruption_ends_it_quietly(run, capsys):  # noqa: F811
     with at_work(run):
         threading.Timer(0.5, _thread.interrupt_main).start()
