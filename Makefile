@@ -7,9 +7,9 @@ WORKSPACE_OF_TESTS := $(VENV)/workspace
 OF_COLAB := $(VENV)/of_colab
 
 # The models of the tests are so small that one thread is fastest.
-unit notebooks forms-on-colab browser-test: export OMP_NUM_THREADS = 1
+unit notebooks forms-on-colab colab-test browser-test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint unit notebooks forms-on-colab browser-test soak convert-check docs wheel clean
+.PHONY: demo test lint unit notebooks forms-on-colab colab-test browser-test soak convert-check docs wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
 	$(BIN)/dbkit demo
@@ -41,7 +41,23 @@ forms-on-colab: $(READY)  ## the widgets with the ipywidgets that Colab has
 # Pictures of what was seen are left in .venv/browser. No part of `test`: not every machine has a browser.
 browser-test: $(READY)  ## the notebooks in JupyterLab, by Chromium: /usr/bin/chromium, or the one that DBKIT_CHROMIUM names
 	$(BIN)/python -m pip install -q -c constraints.txt "jupyterlab>=4.2" "playwright>=1.45"
-	DBKIT_BROWSER=$(abspath $(VENV))/browser $(BIN)/python -m pytest -x tests/test_browser.py
+	DBKIT_PICTURES=$(abspath $(VENV))/browser $(BIN)/python -m pytest -x tests/browser_notebooks.py
+
+# The environment is Colab's by its versions, but for Python and torch, which are those of this folder.
+COLAB_VENV := .venv-colab
+COLAB_BIN := $(COLAB_VENV)/bin
+
+colab-test: $(READY) $(COLAB_VENV)/ready wheel  ## the notebooks among Colab's versions, with a stand-in of its Drive: Linux, 2 GB, minutes
+	COLAB_VENV=$(COLAB_VENV) COLAB_WHEEL=$$(ls -t dist/dbkit-*.whl | head -n 1) $(BIN)/python -m pytest tests/colab_notebooks.py
+
+$(COLAB_VENV)/ready: tests/colab_packages.txt constraints.txt
+	rm -rf $(COLAB_VENV)
+	$(PYTHON) -m venv $(COLAB_VENV)
+	(grep -v '^torch==' tests/colab_packages.txt; grep '^torch==' constraints.txt) > $(COLAB_VENV)/packages.txt
+	$(COLAB_BIN)/python -m pip install -q -r $(COLAB_VENV)/packages.txt
+	$(COLAB_BIN)/python -m pip uninstall -q -y jedi
+	$(COLAB_BIN)/python -m pip install -q pip==24.1.2
+	touch $(COLAB_VENV)/ready
 
 soak: $(READY)  ## kill a training at 60 random moments; DBKIT_SEED chooses others
 	DBKIT_KILLS=60 $(BIN)/python -m pytest tests/test_kill.py
@@ -57,7 +73,7 @@ wheel: $(READY)  ## dist/dbkit-*.whl, to put in Drive for Colab
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(COLAB_VENV) build dist *.egg-info
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -57,6 +57,7 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     what = (
         "likeness to the subject" if gained is _JUDGED[0] else "what the photographs teach (previews were not judged)"
     )
+    what += ", less what the class took on of it" if finite(base.get(lost[0])) and gained is _JUDGED[0] else ""
     reason = f"it has {worth[step] / best:.0%} of the most that any step gained in {what}"
     return Recommendation(step, f"{reason}; {_afterwards(lines, step, lost, best)}")
 

@@ -185,10 +185,14 @@ def jpeg(image: Image.Image, quality: int = 75) -> bytes:
     return buffer.getvalue()
 
 
-def as_html(path: Path, side: int, name: str) -> str:
-    """A picture for a notebook, in itself, no larger than `side` pixels; nothing if it is gone or damaged by now."""
+def as_html(path: Path, side: int, name: str, width: int | None = None) -> str:
+    """A picture for a notebook, in itself, no larger than `side` pixels; nothing if it is gone or damaged by now.
+
+    width is that on the page, if it is to be another one than the picture's.
+    """
+    shown = f' width="{width}"' if width else ""
     try:
-        return f'<img src="{data_url(path, side, quality=85)}" alt="{html.escape(name)}">'
+        return f'<img src="{data_url(path, side, quality=85)}" alt="{html.escape(name)}"{shown}>'
     except (DbkitError, OSError):
         return ""
 

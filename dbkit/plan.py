@@ -180,13 +180,13 @@ def estimate(config: TrainConfig, where: Where, search: bool = True) -> Plan:
     machine, free_ram = machine_of(config, device, dtype), _free_ram()
     free = free_ram if machine.memory is None else int(machine.memory * 1e9)
     peaks = device_peaks(config, configs, place, *_amounts(config, configs, images))
-    fits = max(peak.total for peak in peaks) <= USABLE * free
+    enough = max(peak.total for peak in peaks) <= USABLE * free
     trained = trained_tensors(config, configs, place)
     steps = config.max_train_steps or math.ceil(
         images * config.num_train_epochs / (config.train_batch_size * config.gradient_accumulation_steps)
     )
-    changes: list[Change] | None = [] if fits else None
-    if search and not fits:
+    changes: list[Change] | None = [] if enough else None
+    if search and not enough:
         changes = cheapest_changes(config, configs, place, images, device, USABLE * free)
     return Plan(
         title=_title(config, dtype),

@@ -43,7 +43,7 @@ class SavedModel:
     def __str__(self) -> str:
         known = {"loss": self.loss} if self.loss is not None else {}
         known |= {name.replace("_", " "): value for name, value in self.figures.items()}
-        words = "".join(f", {name} {value:.4f}" for name, value in known.items())
+        words = "".join(f", {name} {value:.{4 if 'loss' in name else 2}f}" for name, value in known.items())
         return f"step {self.step}, {size(self.size)}{words}{', a LoRA' if self.is_lora else ''}"
 
 
@@ -101,7 +101,9 @@ class SavedModels:
 
     def _row(self, model: SavedModel) -> str:
         best = " ★ recommended" if self.best(model.run) == model else ""
-        pictures = "".join(as_html(path, 192, f"{path.stem}, step {model.step}") for path in _pictures(model))
+        pictures = "".join(
+            as_html(path, 160, f"{path.stem}, step {model.step}", width=160) for path in _pictures(model)
+        )
         return (
             f"<div><code>{html.escape(self._name(model))}</code><b>{best}</b><br>{html.escape(str(model))}"
             f"<div style='display:flex;flex-wrap:wrap;gap:4px;image-rendering:pixelated'>{pictures}</div></div>"

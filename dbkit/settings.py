@@ -28,9 +28,10 @@ def setting(default: Any, help: str, **facts: Any) -> Any:
 
     facts: min, max (inclusive bounds of a number), above (exclusive lower bound), positional (an argument without a
     flag on the command line), advanced (folded away in forms), fixed (part of a run's identity: it cannot change
-    between the sessions of one run), needs (the setting without which this one has no effect, "name", "name=value" or
-    "name|other"; forms hide it then), group (the heading of this setting and of those after it), auto (the word auto
-    may stand for the value, which is then chosen when the function runs), secret (never saved or shown).
+    between the sessions of one run), needs (the setting without which this one has no effect, "name", "name=value"
+    or "name|other"; forms hide it then), idle (it may be given even so), group (the heading of this setting and of
+    those after it), auto (the word auto may stand for the value, which is then chosen when the function runs),
+    secret (never saved or shown).
     """
     options = {"metadata": {"help": help, **facts}, "repr": not facts.get("secret")}
     if default is ...:
@@ -268,7 +269,7 @@ def without_effect(config: Settings) -> list[str]:
     return [
         f"{field.name} has no effect without {_words(needs)}; {_way_to(needs)} or leave {field.name} out"
         for field in dataclasses.fields(config)
-        if (needs := field.metadata.get("needs"))
+        if (needs := field.metadata.get("needs")) and not field.metadata.get("idle")
         if getattr(config, field.name) != field.default and not is_on(config, needs)
     ]
 

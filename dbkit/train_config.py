@@ -72,6 +72,7 @@ class TrainConfig(Settings):
         min=1,
         auto=True,
         needs="with_prior_preservation",
+        idle=True,
     )
     concepts_list: Path | None = setting(
         None,

@@ -193,7 +193,6 @@ def settings_of(stand_ins: dict[str, str], changes: dict) -> dict:
         "instance_data_dir": "PHOTOS",
         "instance_prompt": "photo of zwx thing",
         "output_dir": "run",
-        "num_class_images": 2,
         "resolution": 64,
         "max_train_steps": 2,
         "learning_rate": 1e-4,
@@ -205,8 +204,8 @@ def settings_of(stand_ins: dict[str, str], changes: dict) -> dict:
     }
     if values.get("concepts_list"):
         del values["instance_data_dir"], values["instance_prompt"]
-    if values.get("with_prior_preservation") and not values.get("class_prompt"):
-        values["class_prompt"] = "photo of a thing"
+    if values.get("with_prior_preservation"):
+        values = {"num_class_images": 2, **values, "class_prompt": values.get("class_prompt") or "photo of a thing"}
     return {
         name: stand_ins.get(value, value) if isinstance(value, str) else value
         for name, value in values.items()

@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import dbkit
 
@@ -32,13 +34,29 @@ def test_the_wheel_carries_the_embedded_model_the_sample_pictures_and_every_modu
         assert f"dbkit/data_templates/{path.relative_to(ROOT / 'data_templates').as_posix()}" in names
 
 
-def test_requirements_are_lower_bounds_so_that_nothing_installed_is_replaced(wheel):
+@pytest.fixture(scope="module")
+def requirements(wheel):
     with zipfile.ZipFile(wheel) as archive:
         name = next(name for name in archive.namelist() if name.endswith("METADATA"))
-        requirements = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
+        return re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.MULTILINE)
+
+
+def test_requirements_are_lower_bounds_so_that_nothing_installed_is_replaced(requirements):
     assert len(requirements) > 5
     assert all(re.fullmatch(r"[\w.-]+>=[\d.]+( ?; extra == .*)?", requirement) for requirement in requirements)
     assert not any("xformers" in requirement for requirement in requirements)
+
+
+def test_on_colab_an_install_brings_imagehash_and_replaces_nothing(requirements):
+    listed = (ROOT / "tests" / "colab_packages.txt").read_text(encoding="utf-8").splitlines()
+    there = dict(line.split("==") for line in listed if not line.startswith("#"))
+    there = {canonicalize_name(name): version for name, version in there.items()}
+    # Whatever extra is asked for; a package that comes along must be content with what is there as well.
+    wanted = [Requirement(text) for text in requirements if "extra == 'test'" not in text.replace('"', "'")]
+    wanted += [Requirement(text) for text in metadata.requires("ImageHash")]
+    assert {one.name for one in wanted if not one.marker and canonicalize_name(one.name) not in there} == {"ImageHash"}
+    found = [(one, there[name]) for one in wanted if (name := canonicalize_name(one.name)) in there]
+    assert len(found) > 12 and [one for one, version in found if version not in one.specifier] == []
 
 
 def test_one_version_everywhere():

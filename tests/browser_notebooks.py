@@ -1,7 +1,7 @@
 """The five notebooks in JupyterLab, in a browser, as a person uses them; `make browser-test` runs it.
 
 The tests go through the notebooks in order, in one workspace. What a first-time user sees is kept as pictures in the
-folder that DBKIT_BROWSER names.
+folder that DBKIT_PICTURES names.
 """
 
 import contextlib
@@ -16,22 +16,18 @@ import time
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from safetensors.torch import load_file
+from tiny_tagger import save_tagger
 
 from dbkit.log import read_log
 
-if not os.environ.get("DBKIT_BROWSER"):
-    pytest.skip("`make browser-test` runs this", allow_module_level=True)
-
-import psutil
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
-from tiny_tagger import save_tagger
-
 ROOT = Path(__file__).parents[1]
 CHROMIUM = Path(os.environ.get("DBKIT_CHROMIUM", "/usr/bin/chromium"))
-PICTURES = Path(os.environ["DBKIT_BROWSER"])
+PICTURES = Path(os.environ.get("DBKIT_PICTURES", "pictures"))
 # How long a machine without a GPU may take for the longest cell, in seconds.
 PATIENCE = 300
 STEPS = 120
@@ -348,11 +344,10 @@ def test_the_recommended_step_is_looked_at_and_exported(opened, lab):
     shown = book.cell("dbkit.saved_models(")
     expect(shown).to_contain_text("recommended")
     book.picture("5_saved", "dbkit.saved_models(")
-    steps = shown.locator("code")
     slider = shown.locator("input[type=range]")
     slider.focus()
     slider.press("ArrowRight")
-    expect(steps.locator("visible=true")).to_have_count(1)
+    expect(shown.locator("code >> visible=true")).to_have_count(1)
     book.picture("5_one_step", "dbkit.saved_models(")
     book.cell("settings = form(")
     book.fill("destination", "exports/mine.safetensors")
