@@ -28,7 +28,7 @@ from dbkit.workspace import Workspace
 Config = TypeVar("Config", bound=Settings)
 _HEADING = "<h3 style='margin:12px 0 0'>{}</h3>"
 # The widgets' own lines are as high as their fields.
-_DENSE = "line-height:1.4;padding-top:4px"
+_DENSE = "line-height:1.4;padding:4px 0 0 8px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
