@@ -211,7 +211,7 @@ def _help(field: dataclasses.Field, fault: str = "") -> str:
 
 
 def _red(text: str) -> str:
-    return f"<span style='color:firebrick'>{html.escape(text).replace(chr(10), '<br>')}</span>"
+    return f"<span style='color:crimson'>{html.escape(text).replace(chr(10), '<br>')}</span>"
 
 
 def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:

@@ -82,7 +82,9 @@ class SavedModels:
         words = f"<p>{html.escape(str(found)[:1].upper() + str(found)[1:])}.</p>" if found else ""
         slider = ""
         if len(models) > 1:
-            slider = f"<input type='range' min='0' max='{len(models)}' value='0' oninput=\"{html.escape(_SLIDE)}\">"
+            slider = f"min='0' max='{len(models)}' value='0' oninput=\"{html.escape(_SLIDE)}\""
+            # Without that attribute JupyterLab takes the arrow keys for itself.
+            slider = f"<input type='range' {slider} data-lm-suppress-shortcuts='true'>"
             slider = f"<div style='margin-top:12px'>all steps {slider} one after the other</div>"
         rows = "".join(self._row(model) for model in models)
         return f"<p><b>{html.escape(run)}</b></p>{words}{self._curves(run)}{slider}<div>{rows}</div>"
