@@ -48,7 +48,7 @@ RAN = f"""before => {{ {CODE}
     const failed = code.some(cell => cell.outputs.toJSON().some(output => output.output_type === 'error'));
     return idle && (failed || code.every(cell => cell.executionState === 'idle' && cell.executionCount > before));
 }}"""
-RAN_TO = f"""([place, before]) => {{ {CODE}
+RAN_ONE = f"""([place, before]) => {{ {CODE}
     const failed = code.some(cell => cell.outputs.toJSON().some(output => output.output_type === 'error'));
     return failed || (cells[place].executionState === 'idle' && cells[place].executionCount > before);
 }}"""
@@ -149,12 +149,17 @@ class Notebook:
             self.wait_until_ran(before)
 
     def run_to(self, source: str) -> None:
-        """Run the cells from the first to the one that has this text, as Shift+Enter does, and wait for the last."""
-        before = self.page.evaluate(COUNT)
+        """Run the cells from the first to the one that has this text."""
         self.cell(source).locator(".jp-InputPrompt").click()
         self.menu("Run", "Run All Above Selected Cell")
+        self.run(source)
+
+    def run(self, source: str) -> None:
+        """Run one cell, and wait for it."""
+        before = self.page.evaluate(COUNT)
+        self.cell(source).locator(".jp-InputPrompt").click()
         self.page.keyboard.press("Control+Enter")
-        self.page.wait_for_function(RAN_TO, arg=[self.page.evaluate(PLACE_OF, source), before])
+        self.page.wait_for_function(RAN_ONE, arg=[self.page.evaluate(PLACE_OF, source), before])
         assert not self.errors()
 
     def reload(self) -> None:
@@ -309,8 +314,6 @@ def test_a_training_goes_on_through_a_reload_of_the_page(opened, lab):
     steps = lab.steps()
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
     book.picture("4_watch", "dbkit.watch(")
-    book.picture("4_looks", "looks = form(")
-    book.picture("4_preview", "dbkit.preview(")
 
 
 def test_a_killed_kernel_and_browser_lose_nothing_that_was_set_or_trained(opened, lab):
@@ -336,6 +339,14 @@ def test_a_killed_kernel_and_browser_lose_nothing_that_was_set_or_trained(opened
     # The lines hold times, so those of steps that were taken again would differ.
     assert log.read_text().splitlines()[: len(kept)] == kept and lab.steps()[-1] == 2 * STEPS
     book.picture("4_again", "dbkit.train(")
+
+    book.cell("looks = form(")
+    book.fill("num_inference_steps", "25")
+    book.run("dbkit.preview(")
+    assert lab.kept("preview")["num_inference_steps"] == "25"
+    expect(book.cell("dbkit.preview(").locator("img")).to_be_visible()
+    book.picture("4_looks", "looks = form(")
+    book.picture("4_preview", "dbkit.preview(")
 
 
 def test_the_recommended_step_is_looked_at_and_exported(opened, lab):
