@@ -7,9 +7,9 @@ WORKSPACE_OF_TESTS := $(VENV)/workspace
 OF_COLAB := $(VENV)/of_colab
 
 # The models of the tests are so small that one thread is fastest.
-unit notebooks forms-on-colab colab-test: export OMP_NUM_THREADS = 1
+unit notebooks forms-on-colab colab-test browser-test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint unit notebooks forms-on-colab colab-test soak convert-check docs wheel clean
+.PHONY: demo test lint unit notebooks forms-on-colab colab-test browser-test soak convert-check docs wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
 	$(BIN)/dbkit demo
@@ -37,6 +37,11 @@ forms-on-colab: $(READY)  ## the widgets with the ipywidgets that Colab has
 	rm -rf $(OF_COLAB)
 	$(BIN)/python -m pip install -q --no-deps --target $(OF_COLAB) ipywidgets==7.7.1 ipython_genutils==0.2.0
 	PYTHONPATH=$(OF_COLAB) IPYWIDGETS=7.7.1 $(BIN)/python -m pytest -q tests/test_forms.py tests/test_editor.py
+
+# Pictures of what was seen are left in .venv/browser. No part of `test`: not every machine has a browser.
+browser-test: $(READY)  ## the notebooks in JupyterLab, by Chromium: /usr/bin/chromium, or the one that DBKIT_CHROMIUM names
+	$(BIN)/python -m pip install -q -c constraints.txt "jupyterlab>=4.2" "playwright>=1.45"
+	DBKIT_PICTURES=$(abspath $(VENV))/browser $(BIN)/python -m pytest -x tests/browser_notebooks.py
 
 # The environment is Colab's by its versions, but for Python and torch, which are those of this folder.
 COLAB_VENV := .venv-colab

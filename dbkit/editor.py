@@ -143,4 +143,4 @@ def _changed(count: int) -> str:
 
 
 def _red(text: str) -> str:
-    return f"<span style='color:firebrick'>{html.escape(text)}</span>"
+    return f"<span style='color:crimson'>{html.escape(text)}</span>"

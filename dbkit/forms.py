@@ -28,7 +28,7 @@ from dbkit.workspace import Workspace
 Config = TypeVar("Config", bound=Settings)
 _HEADING = "<h3 style='margin:12px 0 0'>{}</h3>"
 # The widgets' own lines are as high as their fields.
-_DENSE = "line-height:1.4;padding-top:4px"
+_DENSE = "line-height:1.4;padding:4px 0 0 8px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
@@ -129,7 +129,8 @@ class Form(widgets.VBox, Generic[Config]):
             required = field.default is dataclasses.MISSING
             box = widgets.Combobox(placeholder="required" if required else "empty", continuous_update=False)
             box.options = self._offered.get(field.name, [])
-        box.layout = widgets.Layout(width="340px")
+        # Of a text of several lines the browser's least width is another than of the others.
+        box.layout = widgets.Layout(width="340px", min_width="0")
         try:
             box.value = _shown(self._relative(value), box)
         except (TraitError, TypeError, ValueError) as error:
@@ -139,7 +140,7 @@ class Form(widgets.VBox, Generic[Config]):
             ) from error
         box.observe(lambda change: self._changed(field.name), "value")
         self._inputs[field.name] = box
-        name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(width="250px"))
+        name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(flex="0 0 250px"))
         note = self._notes[field.name] = widgets.HTML(layout=widgets.Layout(flex="1 1 300px"))
         note.value = _help(field)
         return widgets.HBox([name, box, note])
@@ -210,7 +211,7 @@ def _help(field: dataclasses.Field, fault: str = "") -> str:
 
 
 def _red(text: str) -> str:
-    return f"<span style='color:firebrick'>{html.escape(text).replace(chr(10), '<br>')}</span>"
+    return f"<span style='color:crimson'>{html.escape(text).replace(chr(10), '<br>')}</span>"
 
 
 def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:

@@ -82,8 +82,10 @@ class SavedModels:
         words = f"<p>{html.escape(str(found)[:1].upper() + str(found)[1:])}.</p>" if found else ""
         slider = ""
         if len(models) > 1:
-            slider = f"<input type='range' min='0' max='{len(models)}' value='0' oninput=\"{html.escape(_SLIDE)}\">"
-            slider = f"<div>all steps {slider} one after the other</div>"
+            slider = f"min='0' max='{len(models)}' value='0' oninput=\"{html.escape(_SLIDE)}\""
+            # Without that attribute JupyterLab takes the arrow keys for itself.
+            slider = f"<input type='range' {slider} data-lm-suppress-shortcuts='true'>"
+            slider = f"<div style='margin-top:12px'>all steps {slider} one after the other</div>"
         rows = "".join(self._row(model) for model in models)
         return f"<p><b>{html.escape(run)}</b></p>{words}{self._curves(run)}{slider}<div>{rows}</div>"
 
@@ -97,15 +99,16 @@ class SavedModels:
             if picture := chart(points, name.replace("_", " "), mark=mark, width=300, height=100):
                 title = html.escape(name.replace("_", " "))
                 curves += f"<div style='max-width:300px'><b>{title}</b>: {html.escape(meaning)}{picture}</div>"
-        return f"<div style='display:flex;flex-wrap:wrap;gap:16px'>{curves}</div>"
+        return f"<div style='display:flex;flex-wrap:wrap;gap:16px;align-items:end'>{curves}</div>"
 
     def _row(self, model: SavedModel) -> str:
         best = " ★ recommended" if self.best(model.run) == model else ""
         pictures = "".join(
             as_html(path, 160, f"{path.stem}, step {model.step}", width=160) for path in _pictures(model)
         )
+        name = f"<code>{html.escape(self._name(model))}</code><b>{best}</b>"
         return (
-            f"<div><code>{html.escape(self._name(model))}</code><b>{best}</b><br>{html.escape(str(model))}"
+            f"<div style='margin-top:12px'>{name}<br>{html.escape(str(model))}"
             f"<div style='display:flex;flex-wrap:wrap;gap:4px;image-rendering:pixelated'>{pictures}</div></div>"
         )
 

@@ -202,13 +202,14 @@ def status_at_work(run: Path, home: Path, step: int, total: int) -> RunStatus:
     What is at its home is as the mirror says, so that a Drive that hangs holds nobody up.
     """
     place, mirror = run_folder.read_place(run, verify=False), run_folder.read_mirror(run) if run != home else None
+    finished = bool(place.model and not place.model.fault and place.model.step >= total)
     return RunStatus(
         home=_arrived(place, home, mirror) if run != home else place,
         local=place if run != home else None,
         step=step,
         total=total,
-        finished=False,
-        at_work=True,
+        finished=finished,
+        at_work=not finished,
         **_logged(run_folder.read_lines(run)),
         log_age=run_folder.log_age(run),
         mirror=mirror,

@@ -145,6 +145,8 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     made = on_main(finished_in, run, keeper.place, total)
     if made is None:
         raise DbkitError(f"the finished model in {run} has changed since it was written; the disk may be failing")
+    if screen:
+        screen(total)
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
     on_main(upload_model, config, made, total, prompts)

@@ -121,7 +121,9 @@ def _needs(made: Plan) -> list[tuple[str, str]]:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    cells = "<tr style='vertical-align:top'><td style='padding-right:1em'><b>{}</b></td><td>{}</td></tr>"
+    cells = (
+        "<tr style='vertical-align:top'><td style='padding-right:1em;white-space:nowrap'><b>{}</b></td><td>{}</td></tr>"
+    )
     filled = "".join(cells.format(_lines(title), _lines(text)) for title, text in rows)
     heading = "<h3 style='margin:12px 0 4px'>What this comes to</h3>"
     return f"{heading}<table style='line-height:1.4;text-align:left'>{filled}</table>"

@@ -117,12 +117,12 @@ def test_undo_takes_back_one_change_after_the_other(editor, photos):
 def test_a_mistake_is_said_in_red_and_changes_nothing(editor, photos):
     editor._replace.click()
     assert editor._message.value == (
-        "<span style='color:firebrick'>the text to find is empty; write what is to be replaced</span>"
+        "<span style='color:crimson'>the text to find is empty; write what is to be replaced</span>"
     )
     editor._boxes["teal.png"].value = "mine"
     (photos / "teal.txt").write_text("<b>theirs</b>", encoding="utf-8")
     editor._undo.click()
-    assert "color:firebrick" in editor._message.value
+    assert "color:crimson" in editor._message.value
     assert "someone changed teal.txt since" in editor._message.value
     assert read(photos, "teal.txt") == "<b>theirs</b>"
     assert editor._boxes["teal.png"].value == "<b>theirs</b>"
@@ -178,7 +178,9 @@ def test_what_cannot_be_read_is_shown_with_its_reason_and_kept(photos):
     (photos / "teal.txt").write_bytes(broken)
     (photos / "gold.png").write_bytes(b"no picture")
     editor = caption_editor(photos)
-    red = [part.value for part in every(editor._rows) if isinstance(part, widgets.HTML) and "firebrick" in part.value]
+    red = [
+        part.value for part in every(editor._rows) if isinstance(part, widgets.HTML) and "color:crimson" in part.value
+    ]
     assert len(red) == 2
     assert "gold.png cannot be read as an image" in red[0]
     assert "teal.txt is not UTF-8 text" in red[1]

@@ -90,7 +90,8 @@ def test_in_a_notebook_a_training_and_a_watch_have_one_place_each_and_print_no_b
     for messages in (training, watching):
         assert [kind for kind, _ in messages].count("display_data") == 2
     last = [content for kind, content in training if kind == "update_display_data"][-1]["data"]["text/html"]
-    assert "step 2 of 2 (100%), a process is at work" in last and "<progress" in last
+    # At the end it has the finished model.
+    assert "step 2 of 2 (100%), finished" in last and "finished model</td>" in last and "<progress" not in last
     # At most the first step and the last one within a second.
     assert len([kind for kind, _ in training if kind == "update_display_data"]) <= 10
     assert not any("training:" in content["text"] for kind, content in training if kind == "stream")
