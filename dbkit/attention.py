@@ -36,6 +36,7 @@ class WideHeads:
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """hidden_states has shape (B, positions, channels), encoder_hidden_states (B, tokens, their channels)."""
+        import torch
         from torch.nn import functional
 
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -43,7 +44,9 @@ class WideHeads:
 
         def split(states: torch.Tensor) -> torch.Tensor:
             states = states.view(batch, -1, heads, states.shape[-1] // heads)
-            return functional.pad(states, (0, CHANNELS - states.shape[-1])).transpose(1, 2)
+            if states.dtype == torch.float32:  # in bf16 nothing is gained
+                states = functional.pad(states, (0, CHANNELS - states.shape[-1]))
+            return states.transpose(1, 2)
 
         query, key, value = attention.to_q(hidden_states), attention.to_k(context), attention.to_v(context)
         channels = query.shape[-1] // heads
