@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -127,6 +128,40 @@ def figures_of(found: dict, on_gpu: bool) -> dict[str, float]:
     }
 
 
+def work_of(model: Path, case: dict[str, object], resolution: int) -> int:
+    """Operations of the U-Net's forward and backward pass in one step, counted without computing them."""
+    from diffusers import UNet2DConditionModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = UNet2DConditionModel.load_config(model / "unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        batch = int(case.get("train_batch_size", 1)) * (2 if case.get("with_prior_preservation") else 1)
+        latents = torch.empty(batch, unet.config.in_channels, resolution // 8, resolution // 8)
+        text = torch.empty(batch, 77, unet.config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter:
+            unet(latents, torch.zeros(batch), text).sample.mean().backward()
+    return counter.get_total_flops()
+
+
+def matrix_rate(precision: str) -> float:
+    """Operations a second of large matrix products on the device, in one thread on a CPU: the most to be had of it."""
+    on_gpu = torch.cuda.is_available()
+    torch.set_num_threads(1)
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    side, times = (8192, 20) if on_gpu else (1024, 5)
+    factor = torch.randn(side, side, dtype=dtype, device="cuda" if on_gpu else "cpu")
+    best = float("inf")
+    for _ in range(3):
+        began = time.perf_counter()
+        for _ in range(times):
+            factor @ factor
+        if on_gpu:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return times * 2 * side**3 / best
+
+
 def measure(options, place: Path) -> dict:
     from convert import make_model
 
@@ -152,6 +187,9 @@ def measure(options, place: Path) -> dict:
             last = {who: f"{rounds[-1]['step']:.3f}" for who, rounds in rows.items()}
             print(f"{name}, round {number + 1}: seconds a step {last}", file=sys.stderr, flush=True)
         found["cases"][name] = rows
+        rate = matrix_rate(str(CASES[name].get("mixed_precision", "no")))
+        seconds = median(each["step"] for each in rows["dbkit"])
+        found.setdefault("shares", {})[name] = work_of(model, CASES[name], options.resolution) / seconds / rate
     return found
 
 
@@ -198,6 +236,10 @@ def main() -> None:
     print(f"{options.width} width at {options.resolution} px, {options.rounds} rounds of {options.steps} steps on")
     print(f"{found['machine']}. {versions}.\n")
     print(table(found))
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in found["shares"].items())
+    print(
+        f"\nThe U-Net's passes as a share of what large matrix products would do in the time of dbkit's step: {shares}."
+    )
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
 
