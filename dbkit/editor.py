@@ -13,6 +13,7 @@ import ipywidgets as widgets
 
 from dbkit.edits import Captions
 from dbkit.errors import DbkitError, counted
+from dbkit.forms import red
 from dbkit.images import jpeg, thumbnail
 
 # Pictures at once: the browser gets each as a file of its own, and 200 would flood it.
@@ -68,7 +69,7 @@ class CaptionEditor(widgets.VBox):
         try:
             self._message.value = html.escape(action())
         except (DbkitError, OSError) as error:
-            self._message.value = _red(str(error))
+            self._message.value = red(str(error))
         if show:
             self._show()
 
@@ -106,7 +107,7 @@ class CaptionEditor(widgets.VBox):
             text, hint = self._captions.text(name) or "", "no caption yet"
         except DbkitError as error:
             text, hint = "", "what is written here replaces the unreadable text"
-            title += "<br>" + _red(str(error))
+            title += "<br>" + red(str(error))
         box = widgets.Textarea(
             value=text, placeholder=hint, continuous_update=False, layout=widgets.Layout(width="460px", height="90px")
         )
@@ -123,7 +124,7 @@ class CaptionEditor(widgets.VBox):
             if name not in self._thumbnails:
                 self._thumbnails[name] = jpeg(thumbnail(self._captions.image(name), SIDE))
         except DbkitError as error:
-            return widgets.HTML(_red(str(error)), layout=frame)
+            return widgets.HTML(red(str(error)), layout=frame)
         # An image as wide as its frame would be stretched.
         return widgets.HBox([widgets.Image(value=self._thumbnails[name], format="jpeg")], layout=frame)
 
@@ -140,7 +141,3 @@ def _close(widget: widgets.Widget) -> None:
 
 def _changed(count: int) -> str:
     return f"{counted(count, 'text')} changed"
-
-
-def _red(text: str) -> str:
-    return f"<span style='color:crimson'>{html.escape(text)}</span>"

@@ -174,11 +174,16 @@ def _default_prompts(config: EvaluateConfig, run: dict[str, Any], paths: list[Pa
     return captions
 
 
+def own_words(instance_prompt: str | None, class_prompt: str | None) -> set[str]:
+    """The words that only the instance prompt has: the identifier, where there is a class prompt."""
+    return set((instance_prompt or "").split()) - set((class_prompt or "").split())
+
+
 def without_identifier(prompt: str, instance_prompt: str | None, class_prompt: str | None) -> str:
     """The prompt with the class where the subject was, and without the words that only the instance prompt has."""
     if not instance_prompt or not class_prompt:
         return prompt
-    identifier = set(instance_prompt.split()) - set(class_prompt.split())
+    identifier = own_words(instance_prompt, class_prompt)
     text = prompt.replace(instance_prompt, class_prompt)
     return " ".join(word for word in text.split() if word not in identifier)
 

@@ -142,7 +142,6 @@ class Form(widgets.VBox, Generic[Config]):
         self._inputs[field.name] = box
         name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(flex="0 0 250px"))
         note = self._notes[field.name] = widgets.HTML(layout=widgets.Layout(flex="1 1 300px"))
-        note.value = _help(field)
         return widgets.HBox([name, box, note])
 
     def _relative(self, value: Any) -> Any:
@@ -184,7 +183,7 @@ class Form(widgets.VBox, Generic[Config]):
                 try:
                     value = checked(self._cls, field, value)
                 except ValueError as error:
-                    fault = f"<br>{_red(f'{field.name} {error}')}"
+                    fault = f"<br>{red(f'{field.name} {error}')}"
             self._notes[field.name].value = _help(field, fault)
             needs = field.metadata.get("needs")
             shown = not needs or is_on(seen, needs)
@@ -197,7 +196,7 @@ class Form(widgets.VBox, Generic[Config]):
             config = self._read()
             self._message.value = ""
         except DbkitError as error:
-            config, self._message.value = None, _red(str(error))
+            config, self._message.value = None, red(str(error))
         if issubclass(self._cls, TrainConfig):
             self._background.give(config)
 
@@ -210,7 +209,8 @@ def _help(field: dataclasses.Field, fault: str = "") -> str:
     return f"<div style='{_DENSE}'>{html.escape(field.metadata['help'])}{fault}</div>"
 
 
-def _red(text: str) -> str:
+def red(text: str) -> str:
+    """A sentence that says what is wrong, as HTML that can be read on light and dark."""
     return f"<span style='color:crimson'>{html.escape(text).replace(chr(10), '<br>')}</span>"
 
 

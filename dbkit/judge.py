@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dbkit import processes
 from dbkit.errors import DbkitError
-from dbkit.evaluate import Clip, Dino, judges_of, without_identifier
+from dbkit.evaluate import Clip, Dino, judges_of, own_words, without_identifier
 from dbkit.files import write_text
 from dbkit.images import read_image, render
 from dbkit.planning import RunPlan
@@ -93,11 +93,12 @@ class Judge:
 
     def _named(self, prompt: str) -> list[int]:
         """The concepts that a prompt is of: by the words that only their instance prompts have, or by none of them."""
-        found = []
-        for number, concept in enumerate(self.plan.concepts):
-            own = set((concept.instance_prompt or "").split()) - set((concept.class_prompt or "").split())
-            found += [number] if own <= set(prompt.split()) else []
-        return found
+        words = set(prompt.split())
+        return [
+            number
+            for number, concept in enumerate(self.plan.concepts)
+            if own_words(concept.instance_prompt, concept.class_prompt) <= words
+        ]
 
     def _subject(self, concepts: list[int]) -> torch.Tensor:
         """Features of the photographs of some concepts, (N, D)."""

@@ -226,12 +226,10 @@ def _is_best(run: Path, checkpoint: Path) -> bool:
 
     Of a training that goes on too long the last few are not worth keeping alone.
     """
+    if checkpoint.parent.name != "checkpoints":
+        return False
     found = recommend(read_lines(run, FIGURES), by_step(checkpoint.parent))
-    return (
-        checkpoint.parent.name == "checkpoints"
-        and found is not None
-        and checkpoint.name == step_folder(run, found.step).name
-    )
+    return found is not None and checkpoint.name == step_folder(run, found.step).name
 
 
 def copy_home(config: TrainConfig, run: Path, home: Path) -> Path:

@@ -88,7 +88,6 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
     # The same goes for the place that a launcher gave this process, and for the session's end.
     on_main(replace(config, start_over=False, local_rank=-1, session_minutes=None).save, run / "settings.yaml")
-
     on_main(say_estimate, config, device, dtype)
 
     # 2. Model and cache: images are encoded once, and only if their latents are not found, by a VAE that leaves the
@@ -207,10 +206,8 @@ def _errors(models: Models, batch: Batch, config: TrainConfig, dtype: torch.dtyp
     """The error of each sample of a batch, shape (B,): what the U-Net sees, what it predicts, and what it should."""
     import torch
 
-    prediction_type, alphas_cumprod = (
-        models.noise_scheduler.config.prediction_type,
-        models.noise_scheduler.alphas_cumprod,
-    )
+    prediction_type = models.noise_scheduler.config.prediction_type
+    alphas_cumprod = models.noise_scheduler.alphas_cumprod
     seen = add_noise(batch.latents, batch.input_noise, batch.timesteps, alphas_cumprod)
     if batch.hidden is not None:
         seen = torch.cat([seen, batch.hidden], dim=1)

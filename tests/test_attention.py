@@ -31,17 +31,10 @@ def test_what_is_computed_and_learnt_stays_the_same(model, masked):
         assert torch.allclose(value, before[name], rtol=1e-4, atol=1e-6), name
 
 
-def test_heads_that_are_wide_enough_are_left_alone():
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+def test_heads_that_are_wide_enough_are_left_alone(model):
+    # What diffusers calls attention_head_dim is the number of heads here.
+    config = UNet2DConditionModel.load_config(model / "unet")
+    unet = UNet2DConditionModel.from_config({**config, "attention_head_dim": 1})
     assert all(
         module.to_q.out_features // module.heads >= CHANNELS
         for module in unet.modules()
