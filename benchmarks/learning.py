@@ -132,13 +132,15 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=embedded.TRAINING["max_train_steps"])
     parser.add_argument("--learning_rate", type=float, default=embedded.TRAINING["learning_rate"])
+    parser.add_argument("--text_encoder_learning_rate", type=float)
     parser.add_argument("--lora", action="store_true", help="train a LoRA, with its own steps and rates")
     parser.add_argument("--folder", type=Path, help="keep the runs and grids here; a run that is there is not repeated")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/learning.md"))
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="dbkit-learning-"))
-    changes = LORA if args.lora else {"max_train_steps": args.steps, "learning_rate": args.learning_rate}
+    names = ("learning_rate", "text_encoder_learning_rate")
+    changes = LORA if args.lora else {"max_train_steps": args.steps} | {name: getattr(args, name) for name in names}
     jobs = [
         (subject, seed, prior)
         for subject in args.subjects.split(",")

@@ -52,6 +52,10 @@ RAN_ONE = f"""([place, before]) => {{ {CODE}
     const failed = code.some(cell => cell.outputs.toJSON().some(output => output.output_type === 'error'));
     return failed || (cells[place].executionState === 'idle' && cells[place].executionCount > before);
 }}"""
+# A code cell runs or has run, in a notebook that was opened with no outputs.
+BEGUN = f"""place => {{ {CODE}
+    return code[place].executionState === 'running' || code[place].executionCount !== null;
+}}"""
 PLACE_OF = f"""text => {{ {NOTEBOOK}
     const sources = cells.map(cell => cell.type === 'code' ? cell.sharedModel.source : '');
     return sources.includes(text) ? sources.indexOf(text) : sources.findIndex(source => source.includes(text));
@@ -74,8 +78,8 @@ class Lab:
         self.workspace, self.settings = folder / "workspace", folder / "workspace" / "settings"
         shutil.copytree(ROOT / "tests" / "notebook_settings", self.settings)
         save_tagger(self.workspace / "models" / "tagger")
-        hidden = shutil.ignore_patterns("workspace", ".*")
-        shutil.copytree(ROOT / "notebooks", folder / "notebooks", ignore=hidden)
+        self.notebooks = folder / "notebooks"
+        shutil.copytree(ROOT / "notebooks", self.notebooks, ignore=shutil.ignore_patterns("workspace", ".*"))
         # Nobody is asked about news of Jupyter's in front of the notebook.
         own_settings = folder / "SETTINGS" / "@jupyterlab" / "apputils-extension"
         own_settings.mkdir(parents=True)
@@ -94,7 +98,7 @@ class Lab:
             "--allow-root",
             "--ServerApp.ip=127.0.0.1",
             f"--ServerApp.port={port}",
-            f"--ServerApp.root_dir={folder / 'notebooks'}",
+            f"--ServerApp.root_dir={self.notebooks}",
             "--IdentityProvider.token=",
             "--LabApp.expose_app_in_browser=True",
         ]
@@ -121,6 +125,12 @@ class Lab:
         """A form's settings, as they lie on the disk."""
         file = self.settings / f"{name}.yaml"
         return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def set_and_made(self) -> dict[Path, bytes]:
+        """What a person set, wrote and made: forms, captions, saved steps, and whole models outside of the run."""
+        places = ["settings/*.yaml", "datasets/*/*.txt", "runs/*/checkpoints/**/*.safetensors"]
+        places += ["models/**/*.safetensors", "exports/*.safetensors"]
+        return {path: path.read_bytes() for place in places for path in self.workspace.glob(place)}
 
     def run(self) -> Path:
         (log,) = self.workspace.glob("runs/*/log.jsonl")
@@ -373,3 +383,36 @@ def test_the_recommended_step_is_looked_at_and_exported(opened, lab):
     book.picture("5_look", "print(checkpoint)")
     tensors = load_file(lab.workspace / "exports" / "mine.safetensors")
     assert "model.diffusion_model.input_blocks.0.0.weight" in tensors
+
+
+@pytest.mark.parametrize("name", ["3_caption", "4_train", "5_export"])
+def test_a_kill_at_any_cell_loses_nothing_that_was_set_or_made(opened, lab, name):
+    more = max(lab.steps()) + STEPS // 2
+    book = opened("4_train")
+    book.run_to("settings = form(")
+    book.cell("settings = form(")
+    book.fill("max_train_steps", str(more))
+    until(lambda: lab.kept("train").get("max_train_steps") == str(more), "the field on the disk")
+    book.kill()
+    log = lab.run() / "log.jsonl"
+    before, lines = lab.set_and_made(), log.read_bytes()
+
+    book = opened(name)
+    count = len(book.page.evaluate(f"() => {{ {CODE} return code.map(cell => cell.type); }}"))
+    for place in range(count):
+        book.run_all(wait=False)
+        book.page.wait_for_function(BEGUN, arg=place, timeout=PATIENCE * 1000)
+        book.kill()
+        after = lab.set_and_made()
+        assert {path: after.get(path) for path in before} == before and log.read_bytes().startswith(lines)
+        assert load_file(lab.run() / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        shutil.copy(ROOT / "notebooks" / book.name, lab.notebooks)
+        book = opened(name)
+    book.page.close()
+
+    book = opened("4_train")
+    book.run_all()
+    book.cell("settings = form(")
+    expect(book.row("max_train_steps").locator("input")).to_have_value(str(more))
+    steps = lab.steps()
+    assert steps == sorted(set(steps)) and steps[-1] == more and log.read_bytes().startswith(lines)

@@ -52,10 +52,6 @@ def test_a_lora_learns_a_subject_too(tmp_path):
     check_subject(learning.learn_subject("poodle", 0, True, tmp_path, num_per_prompt=2, **learning.LORA))
 
 
-def test_a_subject_is_learnt_with_the_text_encoder_too(tmp_path):
-    check_subject(learning.learn_subject("poodle", 0, True, tmp_path, num_per_prompt=2, train_text_encoder=True))
-
-
 def test_native_training_takes_on_a_style(tmp_path):
     check_style(learning.learn_style(0, tmp_path, num_per_prompt=2))
 
