@@ -9,7 +9,7 @@ OF_COLAB := $(VENV)/of_colab
 # The models of the tests are so small that one thread is fastest.
 unit notebooks forms-on-colab colab-test browser-test: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test lint unit notebooks forms-on-colab colab-test browser-test soak convert-check docs wheel clean
+.PHONY: demo test lint unit notebooks forms-on-colab colab-test browser-test soak convert-check docs badges wheel clean
 
 demo: $(READY)  ## the whole main job on a small model and sample pictures
 	$(BIN)/dbkit demo
@@ -68,6 +68,9 @@ convert-check: $(READY)  ## prove conversion on full-size models, beside diffuse
 
 docs: $(READY)  ## write docs/settings.md from the settings classes
 	$(BIN)/python docs/settings_page.py
+
+badges: $(READY)  ## Colab badges in the READMEs: REPOSITORY=owner/name says where this folder is public on GitHub
+	$(BIN)/python docs/badges.py $(REPOSITORY)
 
 wheel: $(READY)  ## dist/dbkit-*.whl, to put in Drive for Colab
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import functools
+import importlib.util
 import json
 import re
 import shlex
@@ -217,6 +218,40 @@ def blocks(page: str) -> list[str]:
 
 def test_the_chinese_readme_has_the_same_commands():
     assert blocks(PAGES["README.zh-CN.md"]) == blocks(PAGES["README.md"])
+
+
+def figures(page: str) -> list[tuple[str, list[str]]]:
+    """The script and the numbers of each row of a table of what was measured."""
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\| `benchmarks/(\w+\.py)` \|$", page, re.MULTILINE)
+    return [(script, re.findall(r"\d+(?:\.\d+)?", measured)) for measured, script in rows]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_last_results():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8").splitlines()
+    found = figures(PAGES["README.md"])
+    assert len(found) > 5
+    for script, numbers in found:
+        rows = [re.findall(r"\d+(?:\.\d+)?", row) for row in results if f"`{script}" in row]
+        assert any(set(numbers) <= set(row) for row in rows), (script, numbers)
+
+
+def test_the_chinese_readme_has_the_same_figures():
+    chinese = figures(PAGES["README.zh-CN.md"])
+    assert [(script, sorted(numbers)) for script, numbers in chinese] == [
+        (script, sorted(numbers)) for script, numbers in figures(PAGES["README.md"])
+    ]
+
+
+def test_badges_open_each_notebook_where_the_folder_is_public_and_are_changed_by_another_place():
+    spec = importlib.util.spec_from_file_location("badges", ROOT / "docs" / "badges.py")
+    badges = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(badges)
+    for name in ("README.md", "README.zh-CN.md"):
+        once = badges.with_badges(PAGES[name], "someone/dbkit")
+        for path in (ROOT / "notebooks").glob("*.ipynb"):
+            address = f"https://colab.research.google.com/github/someone/dbkit/blob/main/notebooks/{path.name}"
+            assert once.count(address) == 1
+        assert badges.with_badges(once, "other/name") == badges.with_badges(PAGES[name], "other/name") != once
 
 
 def test_the_chinese_words_of_the_notebooks_cover_each_heading():
