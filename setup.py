@@ -14,7 +14,7 @@ setup(
     python_requires=">=3.10",
     packages=["dbkit", "dbkit.data_templates"],
     package_dir={"dbkit.data_templates": "data_templates"},
-    package_data={"dbkit": ["assets/*/*", "assets/*/*/*"], "dbkit.data_templates": ["*", "*/*"]},
+    package_data={"dbkit": ["py.typed", "assets/*/*", "assets/*/*/*"], "dbkit.data_templates": ["*", "*/*"]},
     install_requires=[
         "torch>=2.4",
         "diffusers>=0.30",

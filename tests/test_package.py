@@ -26,6 +26,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_carries_the_embedded_model_the_sample_pictures_and_every_module(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert "dbkit/py.typed" in names  # or type checkers see no types of a package that is installed
     for path in [*(ROOT / "dbkit").glob("*.py")]:
         assert f"dbkit/{path.name}" in names
     for path in (ROOT / "dbkit" / "assets").rglob("*.*"):
