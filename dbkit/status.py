@@ -196,8 +196,8 @@ def _recommended(folders: list[Path], places: list[Place]) -> Recommendation | N
     return recommend(measured, {saved.step for place in places for saved in place.usable})
 
 
-def status_at_work(run: Path, home: Path, step: int, total: int) -> RunStatus:
-    """The same for who trains, at a step, from the folder where the run works alone.
+def status_at_work(run: Path, home: Path, step: int, total: int, at_work: bool = True) -> RunStatus:
+    """The same for who trains, or has just stopped, at a step, from the folder where the run works alone.
 
     What is at its home is as the mirror says, so that a Drive that hangs holds nobody up.
     """
@@ -209,7 +209,7 @@ def status_at_work(run: Path, home: Path, step: int, total: int) -> RunStatus:
         step=step,
         total=total,
         finished=finished,
-        at_work=not finished,
+        at_work=at_work and not finished,
         **_logged(run_folder.read_lines(run)),
         log_age=run_folder.log_age(run),
         mirror=mirror,

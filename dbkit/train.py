@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import time
@@ -108,9 +109,14 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     keeper = Keeper(config, run, home, plan.identity, state, saves)
     before = _weight_norms(state)
     learning_rate = learning_rates(config, total)
-    tracker, screen = make_tracker(config, run, done), screen_of(run, home, total)
+    tracker, screen = make_tracker(config, run, done), screen_of(run, home, done, total)
     log = Log(run, done, total, config.log_interval, tracker, plan.order.per_step, screen)
-    with keeper, stop_requests() as stop, out_of_memory_is_told(config, state, device):
+    with (
+        screen or contextlib.nullcontext(),
+        keeper,
+        stop_requests() as stop,
+        out_of_memory_is_told(config, state, device),
+    ):
         if saves.weights(done):  # a kill may have come before they were saved, or seen
             keeper.save(done, weights=True)
         if done == 0 or saves.weights(done):
@@ -144,8 +150,6 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
     made = on_main(finished_in, run, keeper.place, total)
     if made is None:
         raise DbkitError(f"the finished model in {run} has changed since it was written; the disk may be failing")
-    if screen:
-        screen(total)
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
     on_main(upload_model, config, made, total, prompts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,27 +46,40 @@ def watch(config: WatchConfig) -> None:
             time.sleep(config.every_seconds)
 
 
-def screen_of(run: Path, home: Path, total: int) -> Callable[[int], None] | None:
-    """What a training in a notebook tells its steps: it shows the run in one place. None elsewhere.
+def screen_of(run: Path, home: Path, done: int, total: int) -> Screen | None:
+    """What a training in a notebook tells its steps. None elsewhere."""
+    return Screen(run, home, done, total) if in_notebook() and processes.rank() == 0 else None
 
-    total is the run's number of steps.
+
+class Screen:
+    """Shows a training at work in one place, and at the end of its context how the run was left, however that came.
+
+    done and total are the steps that are taken, and all of them.
     """
-    if not in_notebook() or processes.rank() > 0:
-        return None
-    region, due = _Region(), 0.0
 
-    def show(step: int) -> None:
-        nonlocal due
+    def __init__(self, run: Path, home: Path, done: int, total: int) -> None:
+        self.run, self.home, self.step, self.total = run, home, done, total
+        self.region, self.due = _Region(), 0.0
+
+    def __call__(self, step: int) -> None:
         began = time.monotonic()
-        if began < due and step < total:
+        self.step = step
+        if began < self.due:
             return
+        self._show(at_work=True)
+        now = time.monotonic()
+        self.due = now + max(_LEAST, (now - began) / _SHARE)
+
+    def __enter__(self) -> Screen:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._show(at_work=False)
+
+    def _show(self, at_work: bool) -> None:
         # What only shows must not end a training.
         with contextlib.suppress(OSError):
-            region(status_at_work(run, home, step, total))
-        now = time.monotonic()
-        due = now + max(_LEAST, (now - began) / _SHARE)
-
-    return show
+            self.region(status_at_work(self.run, self.home, self.step, self.total, at_work))
 
 
 def in_notebook() -> bool:

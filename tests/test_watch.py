@@ -99,6 +99,28 @@ def test_in_a_notebook_a_training_and_a_watch_have_one_place_each_and_print_no_b
     assert "step 2 of 2 (100%), finished" in table and "<progress" not in table
 
 
+def test_a_training_that_was_stopped_in_a_notebook_does_not_say_that_it_is_at_work(settings):
+    folder = settings["output_dir"]
+    values = {name: str(v) if name.endswith("_dir") else v for name, v in settings.items()} | {"max_train_steps": 9999}
+    said = f"""
+import dbkit, pathlib, threading, time
+def stop():
+    # As soon as the log is there, which is in the first step.
+    while not pathlib.Path({str(folder / "log.jsonl")!r}).exists():
+        time.sleep(0.01)
+    pathlib.Path({str(folder / "STOP")!r}).touch()
+threading.Thread(target=stop).start()
+try:
+    dbkit.train(**{values})
+except KeyboardInterrupt as stopped:
+    print(stopped)
+"""
+    (outputs,) = outputs_of([said])
+    last = [content for kind, content in outputs if kind == "update_display_data"][-1]["data"]["text/html"]
+    assert "no process here is at work" in last
+    assert "steps lost if it stopped now</td><td style='text-align:left'>0<" in last
+
+
 def outputs_of(cells):
     """The outputs of each cell in a fresh kernel, as (kind of message, content)."""
     manager = KernelManager(kernel_name="python3")
