@@ -25,8 +25,9 @@ import torch
 
 from dbkit import embedded, evaluate, open_workspace, saved_models, train
 from dbkit.best_step import Recommendation
-from dbkit.evaluate import Figures
+from dbkit.evaluate import PLACES, Figures
 from dbkit.judge import Judge
+from dbkit.planning import PLACE
 
 # Of the last step's gain in likeness the recommended one is to keep this share.
 KEPT = 0.8
@@ -101,6 +102,8 @@ def one_run(seed: int, folder: Path, steps: int, every: int, num_per_prompt: int
     models = saved_models(workspace)
     best = models.best("long")
     judged = {"seed": 1000 + seed, "num_per_prompt": num_per_prompt, "sample_batch_size": 16, "device": "cpu"}
+    # In other places than the previews showed.
+    judged["prompt"] = [f"{settings['instance_prompt']} {place}" for place in PLACES if place != PLACE]
     one, two = (evaluate(folder, **judged) for folder in (best.folder, settings["output_dir"] / "model"))
     return Result(models.recommended["long"], one.base, one.model, two.model, sum(spent) / whole)
 

@@ -8,8 +8,11 @@ from typing import Any
 
 from dbkit.run_folder import finite
 
-# What of the best is good enough: what comes later adds little, and costs what no figure sees.
-SHARE = 0.9
+# What of the best is good enough: what comes later adds little, and costs what no figure sees. Of losses less is
+# enough, since they go on falling where photographs are learnt by heart.
+SHARE, SHARE_OF_LOSS = 0.95, 0.9
+# What is worth telling of what came later, as a share of what was gained.
+_NOTABLE = 0.1
 # Each figure that is measured, and how to read it.
 MEANINGS = {
     "subject_fidelity": "likeness of the previews to the subject; higher is closer",
@@ -39,8 +42,8 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
 
     A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
     photographs, the loss in likeness of the class's previews to them. The earliest step that is worth SHARE of the
-    best one is recommended. Where previews were not judged, the gain is how far the loss at fixed noise fell, and the
-    loss how far that on class images rose.
+    best one is recommended. Where previews were not judged, the gain is how far the loss at fixed noise fell, the loss
+    how far that on class images rose, and the share SHARE_OF_LOSS.
     """
     lines = {line["step"]: line for line in figures}
     base = lines.get(0, {})
@@ -53,7 +56,8 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     if best <= 0:
         step = max(usable, key=worth.__getitem__)
         return Recommendation(step, "no step gained what its class did not lose; train longer or at a higher rate")
-    step = next(step for step in usable if worth[step] >= SHARE * best)
+    share = SHARE if gained is _JUDGED[0] else SHARE_OF_LOSS
+    step = next(step for step in usable if worth[step] >= share * best)
     what = (
         "likeness to the subject" if gained is _JUDGED[0] else "what the photographs teach (previews were not judged)"
     )
@@ -68,11 +72,11 @@ def _afterwards(lines: dict[int, dict[str, Any]], step: int, lost: tuple[str, in
     if not later:
         return "it is the last one, and more steps may add more"
     signs = []
-    if max(_loss(lost, own, line) for line in later) > (1 - SHARE) * best:
+    if max(_loss(lost, own, line) for line in later) > _NOTABLE * best:
         signs.append("the class drifts")
     # Against what the words agreed with at the beginning, since judges differ in their scales.
     agreed = lines[0].get("prompt_fidelity")
-    most = (1 - SHARE) * abs(agreed) if finite(agreed) else 0
+    most = _NOTABLE * abs(agreed) if finite(agreed) else 0
     if max(_loss(("prompt_fidelity", 1), own, line) for line in later) > most > 0:
         signs.append("pictures follow their prompts less")
     return f"after {step} {' and '.join(signs)}" if signs else f"what comes after {step} adds little"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import torch
 
 
+# Of a preview: one that photographs rarely show.
+PLACE = "in the snow"
 _REST_AFTER = "last step of the text encoder"
 
 
@@ -244,11 +246,15 @@ def _class_settings(config: TrainConfig, concept: Concept, sizes: list[Size]) ->
 
 
 def preview_prompts(config: TrainConfig, instance: list[Example], concepts: list[Concept]) -> list[str]:
-    """What the previews show: the prompts that are asked for, or those of the instance images and of their classes."""
+    """What the previews show: the prompts that are asked for; or each subject, alone and in a place, and each class."""
     if config.test_prompts_file:
         return read_prompts(config.test_prompts_file)
     if config.test_prompt:
         return [config.test_prompt]
+    shown = []
+    for concept, prompt in zip(concepts, first_prompts(instance, concepts)):
+        # Where the photographs were not taken it shows whether the subject is learnt, and whether words still count.
+        shown += [prompt, f"{prompt} {PLACE}"] if prompt == concept.instance_prompt else [prompt]
     # The class prompt without the identifier is where an overdone training shows first.
-    classes = [concept.class_prompt for concept in concepts if config.with_prior_preservation]
-    return list(dict.fromkeys([*first_prompts(instance, concepts), *classes]))
+    shown += [concept.class_prompt for concept in concepts if config.with_prior_preservation]
+    return list(dict.fromkeys(shown))

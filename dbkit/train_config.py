@@ -537,7 +537,10 @@ class TrainConfig(Settings):
         "after each checkpoint measure the loss at fixed noise, and of its previews the likeness to the subject and the drift of the class, and recommend a step; for other models than tiny-sd the previews are judged by CLIP and DINO, 0.7 GB from the Hub, once",
         advanced=True,
     )
-    test_prompt: str | None = setting(None, "prompt of the previews; empty: the instance prompt, or the first caption")
+    test_prompt: str | None = setting(
+        None,
+        "prompt of the previews; empty: the instance prompt, alone and in the snow, and the class prompt, or the first caption",
+    )
     test_prompts_file: Path | None = setting(
         None, "text file with one preview prompt on each line; wins over test_prompt", advanced=True
     )

@@ -148,6 +148,10 @@ def test_two_concepts_train_together_each_with_its_class_images_and_its_preview(
     made = {path.parent.name.rpartition("-")[0] for path in workspace_folder.glob("class_images/*/*.png")}
     assert made == {"photo of a dog", "photo of a car"}
     previews = {path.name.split("-")[1] for path in model.parent.glob("previews/step_000002/*.png")}
-    assert previews == {"photo of zwx dog", "photo of a dog", "photo of ukj car", "photo of a car"}
+    subjects = {"photo of zwx dog", "photo of ukj car"}
+    assert previews == subjects | {f"{prompt} in the snow" for prompt in subjects} | {
+        "photo of a dog",
+        "photo of a car",
+    }
     said = capsys.readouterr().out
     assert "1 instance image of photo of zwx dog; the first one's prompt: photo of zwx dog" in said

@@ -52,9 +52,11 @@ def test_likeness_is_that_of_the_preview_pictures_to_the_photographs(judged):
     dino = Dino(embedded.DINO, torch.device("cpu"))
     folder = embedded.data_templates() / embedded.SAMPLE
     photographs = dino([render(read_image(path), (32, 32)) for path in list_images(folder)])
-    subject, of_class = (read_image(path) for path in sorted((judged / "previews" / "step_000004").glob("*.png")))
+    alone, elsewhere, of_class = (
+        read_image(path) for path in sorted((judged / "previews" / "step_000004").glob("*.png"))
+    )
     line = read_log(judged / "figures.jsonl")[-1]
-    assert line["subject_fidelity"] == pytest.approx((dino([subject]) @ photographs.T).mean().item(), abs=1e-5)
+    assert line["subject_fidelity"] == pytest.approx((dino([alone, elsewhere]) @ photographs.T).mean().item(), abs=1e-5)
     assert line["class_leak"] == pytest.approx((dino([of_class]) @ photographs.T).mean().item(), abs=1e-5)
 
 
