@@ -11,6 +11,8 @@ from dbkit.run_folder import finite
 # What of the best is good enough: what comes later adds little, and costs what no figure sees. Of losses less is
 # enough, since they go on falling where photographs are learnt by heart.
 SHARE, SHARE_OF_LOSS = 0.95, 0.9
+# Likeness, a cosine, that is no gain: by about so much the pictures of one model differ.
+_NOTHING = 0.05
 # What is worth telling of what came later, as a share of what was gained.
 _NOTABLE = 0.1
 # Each figure that is measured, and how to read it.
@@ -53,16 +55,17 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
         return None
     worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in usable}
     best = max(worth.values())
-    if best <= 0:
+    judged = gained is _JUDGED[0]
+    what = "likeness to the subject" if judged else "what the photographs teach (previews were not judged)"
+    if best <= (_NOTHING if judged else 0):
         step = max(usable, key=worth.__getitem__)
-        return Recommendation(step, "no step gained what its class did not lose; train longer or at a higher rate")
-    share = SHARE if gained is _JUDGED[0] else SHARE_OF_LOSS
-    step = next(step for step in usable if worth[step] >= share * best)
-    what = (
-        "likeness to the subject" if gained is _JUDGED[0] else "what the photographs teach (previews were not judged)"
-    )
-    what += ", less what the class took on of it" if finite(base.get(lost[0])) and gained is _JUDGED[0] else ""
-    reason = f"it has {worth[step] / best:.0%} of the most that any step gained in {what}"
+        reason = f"it is the least bad: no step gained in {what} beyond what its class lost"
+        return Recommendation(step, f"{reason}; train longer or at a higher rate")
+    step = next(step for step in usable if worth[step] >= (SHARE if judged else SHARE_OF_LOSS) * best)
+    if judged and finite(base.get(lost[0])):
+        what += ", less what the class took on of it"
+    share = f"{worth[step] / best:.0%} of what the best step did"
+    reason = f"no step gained more in {what}" if worth[step] == best else f"it gained {share} in {what}"
     return Recommendation(step, f"{reason}; {_afterwards(lines, step, lost, best)}")
 
 

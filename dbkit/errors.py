@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake, and how its sentences name many things."""
+"""The exceptions for a user's mistake and a user's wish to stop, and how sentences name many things."""
 
 from __future__ import annotations
 
@@ -18,6 +18,13 @@ class DbkitError(Exception):
 
 class DiskError(DbkitError):
     """A disk is full or failing: what a training survives."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody stopped it; the sentence says what of it is saved. Shown without frames in a notebook too."""
+
+    def _render_traceback_(self) -> list[str]:
+        return [f"KeyboardInterrupt: {self}"]
 
 
 def counted(number: int, thing: str) -> str:

@@ -265,6 +265,9 @@ def stop_requests() -> Iterator[StopRequest]:
         if stop.made:
             raise KeyboardInterrupt
         stop.made = True
+        # A step or a preview may take a while. Within a line that is being printed Python refuses another one.
+        with contextlib.suppress(RuntimeError, OSError):
+            print("\nstopping as soon as this step or picture is done", flush=True)
 
     before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

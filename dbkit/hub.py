@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit.checkpoint import MANIFEST
 from dbkit.embedded import local_folder
-from dbkit.errors import DbkitError, counted, some
+from dbkit.errors import DbkitError, Stopped, counted, some
 from dbkit.files import size
 from dbkit.libraries import hub_errors, status_and_reason
 from dbkit.models import LORA_BASE
@@ -78,7 +78,7 @@ def upload_model(config: TrainConfig, run: Path, step: int, prompts: Sequence[st
             f"the model is whole in {model}, but not on the Hub: {error}; the same command again only uploads"
         ) from error
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"the model is whole in {model}; train again to upload it") from None
+        raise Stopped(f"the model is whole in {model}; train again to upload it") from None
 
 
 def upload_files(config: ConvertConfig, paths: Sequence[Path]) -> None:

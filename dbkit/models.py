@@ -172,6 +172,16 @@ def check_resolution(resolution: int, facts: Facts | None) -> None:
         )
 
 
+def size_warnings(resolution: int, facts: Facts | None) -> list[str]:
+    """That pictures are far from the size for which the model was made."""
+    if facts is None or facts.resolution / 2 < resolution < facts.resolution * 2:
+        return []
+    return [
+        f"resolution is {resolution}, but this model draws pictures of {facts.resolution} px, and others badly; set "
+        f"resolution to {facts.resolution}, or take a model for {resolution} px"
+    ]
+
+
 def check_zero_terminal_snr(wanted: bool, facts: Facts | None) -> None:
     """Raise DbkitError where rescale_zero_terminal_snr is asked of a model that predicts noise."""
     if wanted and facts and facts.prediction_type != "v_prediction":

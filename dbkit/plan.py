@@ -36,7 +36,7 @@ from dbkit.memory import (
     step_peak,
     trained_tensors,
 )
-from dbkit.models import check_resolution, model_facts
+from dbkit.models import check_resolution, model_facts, size_warnings
 from dbkit.preview import read_prompts
 from dbkit.settings import configured_by, replace
 from dbkit.state import State, state_size
@@ -150,6 +150,8 @@ def plan(config: TrainConfig) -> Plan:
     Raises DbkitError where the model's config.json files or the images cannot be read.
     """
     where = Where.of(config)
+    for sentence in size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)):
+        print(sentence)
     return estimate(choose_settings(config, where.run, where.device, where.dtype), where)
 
 
@@ -197,7 +199,7 @@ def estimate(config: TrainConfig, where: Where, search: bool = True) -> Plan:
         ram_free=free_ram,
         disk=_disk(config, configs, trained, images, where.run, home),
         steps=steps,
-        seconds=_seconds(home, steps),
+        seconds=None if config.start_over else _seconds(home, steps),
         changes=changes,
     )
 
@@ -218,7 +220,8 @@ def _title(config: TrainConfig, dtype: torch.dtype) -> str:
 
 def _amounts(config: TrainConfig, configs: Configs, images: int) -> tuple[int, int]:
     """Bytes of what is cached, and how many pictures a preview makes."""
-    prompts = len(concepts_of(config)) * (2 if config.with_prior_preservation else 1)
+    captioned = config.use_txt_as_label or config.use_filename_as_label or config.combine_prompt_from_txt
+    prompts = len(concepts_of(config)) * (1 + (not captioned) + config.with_prior_preservation)
     if config.test_prompts_file:
         prompts = len(read_prompts(config.test_prompts_file))
     elif config.test_prompt:

@@ -16,12 +16,20 @@ from dbkit.class_images import make_class_images
 from dbkit.concepts import Concept, concepts_of, warnings
 from dbkit.config import ClassImagesConfig
 from dbkit.errors import DbkitError, counted
-from dbkit.examples import Example, class_examples, describe, first_prompts, instance_examples, require_apart
+from dbkit.examples import (
+    Example,
+    class_examples,
+    describe,
+    fingerprint,
+    first_prompts,
+    instance_examples,
+    require_apart,
+)
 from dbkit.files import move_aside
 from dbkit.hub import require_hub
 from dbkit.images import list_images
 from dbkit.lora import require_peft
-from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, vae_folder
+from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model_facts, size_warnings, vae_folder
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
@@ -78,7 +86,10 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
             print(f"the earlier run is moved to {move_aside(folder)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
-    for sentence in (*describe(instance, concepts), *warnings(concepts), *rate_warnings(config)):
+    identity = identity_of(config, library, instance)
+    # Before class images are made for a run that these settings do not continue.
+    check_same_run(saved, identity, run)
+    for sentence in (*describe(instance, concepts), *warnings(concepts), *warnings_of(config)):
         print(sentence)
     # Of a run that has as many already, train() says so instead.
     if saved is None or saved.step < total:
@@ -86,7 +97,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     class_set = _class_examples(config, concepts, instance)
     require_apart(instance, class_set)
     order = make_order(config, concepts, instance, class_set)
-    identity = identity_of(config, library, instance, class_set, order.weights)
+    identity |= {"class images": fingerprint(class_set), "weights of the concepts": list(order.weights)}
     done = check_same_run(saved, identity, run)
     if 0 < done < total:
         print(f"continuing after step {done}{of_state(saved)}")
@@ -131,6 +142,11 @@ def _rest_after(config: TrainConfig, total: int, saved: Checkpoint | None) -> in
         return int(stop)
     # Of a run that is trained further it is a part of the first total: what rests already must not begin anew.
     return saved.facts.get(_REST_AFTER, 0) if saved else max(1, round(stop * total))
+
+
+def warnings_of(config: TrainConfig) -> list[str]:
+    """What the settings let expect and nobody wants: pictures of another size than the model's, a rate that is off."""
+    return size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)) + rate_warnings(config)
 
 
 def rate_warnings(config: TrainConfig) -> list[str]:
@@ -195,7 +211,9 @@ def arithmetic(config: TrainConfig, total: int, order: Order, images: int) -> st
     ]
     factors = " x ".join([counted(total, "step"), *map(str, others), counted(last, "image")])
     samples = total * order.per_step
-    seen = f"each of {counted(images, 'instance image')} is seen {samples / images:.3g} times on average"
+    times = samples / images
+    times = f"{times:.0f}" if times >= 100 else f"{times:.3g}"
+    seen = f"each of {counted(images, 'instance image')} is seen {times} times on average"
     return f"{factors} = {counted(samples, 'sample')}: {seen}"
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import secrets
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,10 @@ def identity_of(
     config: TrainConfig,
     library: str,
     instance: list[Example],
-    class_set: list[Example],
-    weights: Sequence[float] = (1.0,),
 ) -> dict[str, Any]:
     """What a run's state belongs to. The model and the data count by what they hold, not by where they lie.
 
-    library is that of the optimizer, whose state no other library can read.
+    library is that of the optimizer, whose state no other library can read. Class images are still to come.
     """
     fixed = {field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")}
     settings = {name: value for name, value in plain(config).items() if name in fixed}
@@ -47,8 +45,6 @@ def identity_of(
         "pretrained_vae_name_or_path": models.vae_fingerprint(config.pretrained_vae_name_or_path),
         "tokenizer_name": tokenizer_fingerprint(config.tokenizer_name),
         "instance images or captions": fingerprint(instance),
-        "class images": fingerprint(class_set),
-        "weights of the concepts": list(weights),
     }
 
 

@@ -139,9 +139,15 @@ class RunStatus:
         if self.mirror:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
         if self.recommended:
-            yield "recommended", f"step {self.recommended.step}: {self.recommended.reason}"
+            yield "recommended", f"{self._recommended_folder()}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)
+
+    def _recommended_folder(self) -> str:
+        """Which folder below the run is to be exported; without it where the step is not whole any more."""
+        step = self.recommended.step
+        found = [s.folder.relative_to(p.folder) for p in (self.place, self.home) for s in p.usable if s.step == step]
+        return f"step {step} in {found[0].as_posix()}" if found else f"step {step}"
 
     def _saved_rows(self, place: Place, where: str = "") -> Iterator[tuple[str, str]]:
         if place.unreadable:

@@ -15,7 +15,7 @@ from dbkit.auto import choose_settings
 from dbkit.cache import Batch, Noising, Pool, draw_batches, encode_images
 from dbkit.concepts import Concept
 from dbkit.encoding import files_near
-from dbkit.errors import DbkitError, counted
+from dbkit.errors import DbkitError, Stopped, counted
 from dbkit.examples import first_prompts
 from dbkit.files import stop_requests
 from dbkit.hub import upload_model
@@ -134,7 +134,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
                 print(f"\nstopping: the state of step {step} is being saved; to stop again would lose it")
                 keeper.save(step, weights=True, last=True)
                 log.close()
-                raise KeyboardInterrupt(f"stopped after step {step} of {total}; {keeper.what_is_saved()}")
+                raise Stopped(f"stopped after step {step} of {total}; {keeper.what_is_saved()}")
             if due:
                 keeper.save(step, weights=due is Due.WEIGHTS)
             if due is Due.WEIGHTS:

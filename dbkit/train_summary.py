@@ -12,12 +12,14 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 from dbkit.auto import settings_and_reasons
+from dbkit.checkpoint import Checkpoint, by_step, read_manifest
 from dbkit.concepts import concepts_of, warnings
 from dbkit.errors import DbkitError, counted
-from dbkit.examples import describe_pictures, describe_prompts, instance_examples, unread_examples
+from dbkit.examples import Example, describe_pictures, describe_prompts, instance_examples, unread_examples
 from dbkit.libraries import only_cached
 from dbkit.plan import Plan, Where, estimate
-from dbkit.planning import arithmetic, check_settings, make_order, preview_prompts, rate_warnings, total_steps
+from dbkit.planning import arithmetic, check_settings, make_order, preview_prompts, total_steps, warnings_of
+from dbkit.resume import check_same_run, identity_of
 from dbkit.train_config import TrainConfig
 
 Value = TypeVar("Value")
@@ -101,8 +103,10 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
     if len(examples) > MOST_PICTURES:
         pictures = [f"{counted(len(examples), 'picture')}, which are looked at when training starts"]
     else:
-        pictures = describe_pictures(instance_examples(config, concepts))
-    yield [("pictures", "\n".join((*pictures, *warnings(concepts), *rate_warnings(config))))]
+        instance = instance_examples(config, concepts)
+        pictures = describe_pictures(instance)
+        _check_continues(config, where, instance)
+    yield [("pictures", "\n".join((*pictures, *warnings(concepts), *warnings_of(config))))]
     try:
         made = estimate(config, where, search=False)
         if not made.fits:
@@ -112,6 +116,17 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
         yield [("memory", f"not known yet: {error}")]
     else:
         yield _needs(made)
+
+
+def _check_continues(config: TrainConfig, where: Where, instance: list[Example]) -> None:
+    """Raise DbkitError if the folder holds a run of other settings or data, as train() does."""
+    states = by_step(where.run / "resume") or by_step(where.home / "resume")
+    manifest = None if config.start_over or not states else read_manifest(states[max(states)])
+    if manifest:
+        # Whether its files are whole is looked at when training starts: on a Drive that takes minutes.
+        saved = Checkpoint(states[max(states)], manifest["step"], manifest["facts"])
+        library = saved.facts["settings"].get("library of the optimizer")
+        check_same_run(saved, identity_of(config, library, instance), where.home)
 
 
 def _needs(made: Plan) -> list[tuple[str, str]]:

@@ -154,12 +154,13 @@ def wait_until(condition):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no way to send itself Ctrl-C alone")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_raises_a_flag_and_the_second_one_interrupts(number):
+def test_a_stop_signal_raises_a_flag_and_the_second_one_interrupts(number, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_requests() as stop:
         assert not stop.made
         os.kill(os.getpid(), number)
         wait_until(lambda: stop.made)
+        assert capsys.readouterr().out == "\nstopping as soon as this step or picture is done\n"
         os.kill(os.getpid(), signal.SIGINT)
         wait_until(lambda: False)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before

@@ -10,7 +10,9 @@ import torch
 import dbkit
 from dbkit import DbkitError, TrainConfig
 from dbkit.cli import main
+from dbkit.concepts import concepts_of
 from dbkit.encoding import FILE
+from dbkit.examples import unread_examples
 from dbkit.files import size
 from dbkit.memory import (
     AVERAGES,
@@ -36,6 +38,7 @@ from dbkit.plan import (
     out_of_memory_is_told,
     plan,
 )
+from dbkit.planning import preview_prompts
 from dbkit.settings import replace
 from dbkit.state import make_state
 from dbkit.tensor_files import open_tensors
@@ -102,6 +105,24 @@ def test_the_time_is_that_of_the_runs_own_log(settings):
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = plan(**{**settings, "max_train_steps": 120})
     assert made.seconds == 600 and "120; about 10 min to the end" in str(made)
+    assert plan(**{**settings, "max_train_steps": 120, "start_over": True}).seconds is None
+
+
+def test_a_size_that_is_not_the_models_is_said(settings, capsys):
+    plan(**{**settings, "resolution": 96})
+    assert "resolution" not in capsys.readouterr().out
+    plan(**{**settings, "resolution": 128})
+    assert (
+        "resolution is 128, but this model draws pictures of 64 px, and others badly; set " in capsys.readouterr().out
+    )
+
+
+def test_as_many_previews_are_reckoned_with_as_a_training_makes(settings, prior):
+    for changes in ({}, prior, {"instance_prompt": None, "use_txt_as_label": True}):
+        config = TrainConfig(**{**settings, **changes})
+        concepts = concepts_of(config)
+        shown = preview_prompts(config, unread_examples(config, concepts), concepts)
+        assert _amounts(config, read_configs(config), 3)[1] == len(shown)
 
 
 def test_what_does_not_fit_is_said_with_what_would(settings):

@@ -50,9 +50,9 @@ def test_a_folder_of_pictures_is_not_taken_for_a_run(settings, photos, tmp_path)
 
 def test_both_names_of_8bit_adam_are_one_identity_and_its_libraries_are_two(config):
     old, new = replace(config, use_8bit_adam=True), replace(config, optimizer="adamw8bit")
-    assert identity_of(old, "torchao", [], []) == identity_of(new, "torchao", [], [])
-    assert identity_of(new, "torchao", [], []) != identity_of(new, "bitsandbytes", [], [])
-    assert identity_of(new, "torchao", [], []) != identity_of(config, "torchao", [], [])
+    assert identity_of(old, "torchao", []) == identity_of(new, "torchao", [])
+    assert identity_of(new, "torchao", []) != identity_of(new, "bitsandbytes", [])
+    assert identity_of(new, "torchao", []) != identity_of(config, "torchao", [])
 
 
 def test_starting_over_leaves_a_folder_that_is_no_run_where_it_is(settings, tmp_path):

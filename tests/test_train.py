@@ -608,6 +608,13 @@ def test_another_model_does_not_continue_a_run(config, model, tmp_path):
         train(config, pretrained_model_name_or_path=str(other))
 
 
+def test_no_class_images_are_made_for_a_run_that_is_not_continued(config, prior, tmp_path):
+    train(config, max_train_steps=1)
+    with pytest.raises(DbkitError, match="do not continue: with_prior_preservation was False and is True"):
+        train(config, **{**prior, "class_data_dir": tmp_path / "none yet"})
+    assert not (tmp_path / "none yet").exists()
+
+
 def test_moved_data_and_models_continue_a_run(config, model, photos, tmp_path):
     tokenizer = shutil.copytree(model / "tokenizer", tmp_path / "tokenizer")
     made = train(config, max_train_steps=1, tokenizer_name=str(tokenizer))

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import draw_photo
 
-from dbkit import TrainConfig
+from dbkit import TrainConfig, train
 from dbkit.memory import STABLE_DIFFUSION_1
 from dbkit.plan import Where, estimate
 from dbkit.settings import replace
@@ -66,6 +66,16 @@ def test_a_mistake_is_the_last_row(config, photos, tmp_path):
     assert "2 samples" in said and "<b>to be changed</b></td><td>1 of 3 images are not usable: " in said
     said = last(replace(config, instance_data_dir=tmp_path / "nowhere"))
     assert "is not a folder; check the path" in said
+
+
+def test_a_run_that_these_settings_do_not_continue_is_said_before_it_is_trained(config):
+    train(config, max_train_steps=1)
+    assert "to be changed" not in last(config)
+    other = replace(config, instance_prompt="photo of zwx dog", resolution=128)
+    said = last(other)
+    assert "holds a run of 1 step that these settings do not continue: resolution was 64 and is 128, instance " in said
+    said = last(replace(other, start_over=True))
+    assert "to be changed" not in said and "resolution is 128, but this model draws pictures of 64 px" in said
 
 
 def test_what_would_make_it_fit_is_said_where_it_does_not(config, monkeypatch):
