@@ -126,7 +126,8 @@ def table(results: dict[int, Result]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
+    parser.add_argument("--first_seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=3 * embedded.TRAINING["max_train_steps"])
     parser.add_argument("--every", type=int, default=50, help="steps between saves")
     parser.add_argument("--folder", type=Path, help="keep the runs here")
@@ -135,7 +136,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="dbkit-recommended-"))
     results: dict[int, Result] = {}
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         with contextlib.redirect_stdout(io.StringIO()):
             results[seed] = one_run(seed, folder, args.steps, args.every)
         print(f"seed {seed}: {results[seed].found}\n{table({seed: results[seed]})}", flush=True)
