@@ -16,6 +16,7 @@ from dbkit.errors import DbkitError
 from dbkit.images import list_images
 from dbkit.libraries import choose_device
 from dbkit.models import model_facts
+from dbkit.planning import PLACE
 from dbkit.report import REPORT
 from dbkit.saved_models import SavedModel, saved_models
 from dbkit.settings import Settings, read_yaml
@@ -120,12 +121,16 @@ def _for_preview(workspace: Workspace) -> dict[str, Any]:
         return {"model": base, "prompt": ["photo of a dog"], "output": "preview.png", **_guidance(base, {})}
     settings = model.parent / "settings.yaml"
     run = read_yaml(settings) if settings.exists() else {}
-    prompts = [run[name] for name in ("instance_prompt", "test_prompt", "class_prompt") if run.get(name)]
+    instance = run.get("instance_prompt")
+    prompts = [instance, instance and f"{instance} {PLACE}", run.get("test_prompt"), run.get("class_prompt")]
+    prompts = [prompt for prompt in prompts if prompt]
     if run.get("use_txt_as_label"):
         data = Path(run.get("instance_data_dir", ""))
         images = list_images(data) if data.is_dir() else []
         prompts = [read_caption(path) or "" for path in images[:1]] + prompts
-    return {"model": model, "prompt": prompts, "output": model.parent / "preview.png", **_guidance(model, run)}
+    best = saved_models(workspace).best(model.parent.name)
+    shown = best.folder if best else model
+    return {"model": shown, "prompt": prompts, "output": model.parent / "preview.png", **_guidance(model, run)}
 
 
 def _guidance(model: Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_it_shows_itself_as_lines_and_as_pictures(workspace):
     assert saved_models(workspace)._repr_html_().count("data:image/jpeg;base64,") == 3
 
 
-def test_the_recommended_step_is_said_marked_and_what_an_export_begins_with(workspace):
+def test_the_recommended_step_is_said_marked_and_what_an_export_and_a_preview_begin_with(workspace):
     run = workspace.path / "runs" / "thing"
     figures = [{"step": step, "subject_fidelity": value} for step, value in ((0, 0.1), (1, 0.69), (2, 0.7))]
     (run / "figures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in figures))
@@ -83,6 +83,7 @@ def test_the_recommended_step_is_said_marked_and_what_an_export_begins_with(work
     chosen = export.read()
     assert Path(chosen.source) == run / "checkpoints" / "step_000001"
     assert chosen.destination.name == "thing-1.safetensors"
+    assert Path(form(PreviewConfig, workspace, "preview").read().model) == run / "checkpoints" / "step_000001"
 
 
 def test_a_page_runs_the_slider_without_closing_its_attribute(workspace):

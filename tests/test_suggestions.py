@@ -69,7 +69,7 @@ def test_a_finished_run_is_what_is_previewed_and_exported(workspace, model):
     )
     preview = suggest(PreviewConfig, workspace, "preview")
     assert preview["model"] == run / "model"
-    assert preview["prompt"] == ["photo of zwx dog", "photo of a dog"]
+    assert preview["prompt"] == ["photo of zwx dog", "photo of zwx dog in the snow", "photo of a dog"]
     export = suggest(ConvertConfig, workspace, "export")
     assert export["source"] == run / "model" and export["destination"].name == "dog.safetensors"
 
