@@ -37,7 +37,23 @@ _FUNCTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped."""
+    """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped.
+
+    Where the reader of a pipe has gone, as `head` goes, it ends without a word, and the status is 1.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if hasattr(sys.stdout, "flush"):
+                sys.stdout.flush()  # of a short text only this finds the pipe closed
+    except BrokenPipeError:
+        # The interpreter writes what is left when it ends, and would say that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt in another script must not end a training
@@ -53,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbkitError as error:
         _say_mistake(str(error))
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _say_mistake(f"{error}; check this path and who may write there")
         return 2

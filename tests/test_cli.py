@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -61,6 +62,18 @@ def test_being_stopped_is_status_130(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Stopped())
     assert main(["prepare", str(photos), str(tmp_path / "out"), "--resolution=32"]) == 130
     assert capsys.readouterr().err == "dbkit: stopped\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "photos", "out", "--resolution", "32"]])
+def test_a_pipe_whose_reader_has_gone_ends_the_command_without_a_word(photos, tmp_path, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dbkit", *arguments]
+    # Buffered, as it is by default: what is short is written at the end.
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=photos.parent, env=env, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_programmers_mistake_keeps_its_traceback(photos, tmp_path, monkeypatch):
