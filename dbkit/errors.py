@@ -1,7 +1,8 @@
-"""The one exception for a user's mistake, and how its sentences name many things."""
+"""The one exception for a user's mistake, and what its sentences are made of."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -18,6 +19,11 @@ class DbkitError(Exception):
 
 class DiskError(DbkitError):
     """A disk is full or failing: what a training survives."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, in one line of at most 200 characters that ends with a word."""
+    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
 
 
 def counted(number: int, thing: str) -> str:

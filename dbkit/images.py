@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dbkit import draws
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -159,8 +159,9 @@ def _decoded(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
         IndexError,
         struct.error,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DbkitError(f"{path.name} cannot be read as an image ({reason}); replace it or take it out") from error
+        raise DbkitError(
+            f"{path.name} cannot be read as an image ({reason_of(error)}); replace it or take it out"
+        ) from error
 
 
 def read_usable(path: Path) -> Image.Image:
