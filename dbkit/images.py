@@ -32,6 +32,8 @@ UNREAD = "{} is of a kind that dbkit does not read; save it as JPEG or PNG"
 # No others, whatever a file is called: some of Pillow's readers start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _HEIC = (".heic", ".heif")
+# What stands in bytes 4 to 12 of a HEIC file, which may be called .jpg.
+_HEIC_MARKS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1")}
 # What each orientation in a photograph's EXIF asks for.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -215,7 +217,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def _formats(path: Path) -> tuple[str, ...]:
-    if path.suffix.lower() not in _HEIC:
+    with path.open("rb") as file:
+        marked = file.read(12)[4:] in _HEIC_MARKS
+    if path.suffix.lower() not in _HEIC and not marked:
         return _FORMATS
     try:
         import pillow_heif
