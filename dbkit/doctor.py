@@ -194,10 +194,7 @@ def _distance(first: str, second: str) -> int:
 def _caption(caption: str | None, method: str, count_tokens: Callable[[str], int] | None) -> Told:
     if caption is None:
         if method == "native":
-            says = (
-                "has no caption, and native training learns from captions; write one (dbkit caption and notebook 3 do)"
-            )
-            yield "caption", says
+            yield "caption", "has no caption, and native training learns from captions; write one (dbkit caption does)"
     elif not caption.strip():
         yield "caption", "has an empty caption file; write what the image shows, or remove the file"
     elif count_tokens is not None and (tokens := count_tokens(caption)) > MAX_TOKENS:
