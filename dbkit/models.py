@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbkit import processes
 from dbkit.embedded import local_folder
-from dbkit.errors import DbkitError, reason_of
+from dbkit.errors import DbkitError, reason_of, some
 from dbkit.files import full_disk_is_a_sentence, sha256, side_by_side
 from dbkit.libraries import hub_options, loading, quiet
 from dbkit.tensor_files import Stored, is_finite, write_safetensors
@@ -156,10 +156,22 @@ def _inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
 
 
 def _require_hub_id(name: str) -> None:
+    if saved := models_beside(Path(name)):
+        raise DbkitError(f"there is no model folder {name}; the run has {some(saved)}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise DbkitError(
             f"there is no model folder {name}; check the path, or give a Hugging Face id such as owner/name"
         )
+
+
+def models_beside(missing: Path) -> list[str]:
+    """The models of the run that a folder which is not there would lie in; none where that is no run either."""
+    for run in missing.absolute().parents[:2]:
+        # In a run's folder too, owner/name is an id of the Hub.
+        if missing.parent.is_dir() and (run / "settings.yaml").is_file():
+            folders = [*sorted((run / "checkpoints").glob("step_*")), run / "model"]
+            return [folder.relative_to(run).as_posix() for folder in folders if folder.is_dir()][::-1]
+    return []
 
 
 def check_resolution(resolution: int, facts: Facts | None) -> None:

@@ -47,11 +47,12 @@ def test_a_command_that_is_done_says_what_it_made_and_returns_0(photos, tmp_path
 
 
 def test_a_mistake_is_one_sentence_without_a_traceback_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "dbkit", "prepare", tmp_path / "gone", tmp_path / "out"]
+    command = [sys.executable, "-m", "dbkit", "prepare", tmp_path / "gone", tmp_path / "data" / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"dbkit: there is no folder or .zip {tmp_path / 'gone'}; check the path\n"
+    assert not (tmp_path / "data").exists()  # not even the lock
 
 
 def test_being_stopped_is_status_130(photos, tmp_path, capsys, monkeypatch):
