@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 from dbkit.run_folder import finite
@@ -43,9 +44,10 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     """The best of some steps by the lines of a figures.jsonl; None where step 0 or none of them was measured.
 
     A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
-    photographs, the loss in likeness of the class's previews to them. The earliest step that is worth SHARE of the
-    best one is recommended. Where previews were not judged, the gain is how far the loss at fixed noise fell, the loss
-    how far that on class images rose, and the share SHARE_OF_LOSS.
+    photographs, the loss in likeness of the class's previews to them. The best is the highest mean of a step and those
+    beside it, since a single picture may be a lucky one. The earliest step that is worth SHARE of it is recommended.
+    Where previews were not judged, the gain is how far the loss at fixed noise fell, the loss how far that on class
+    images rose, and the share SHARE_OF_LOSS.
     """
     lines = {line["step"]: line for line in figures}
     base = lines.get(0, {})
@@ -53,19 +55,22 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     usable = sorted(step for step in among if step and finite(lines.get(step, {}).get(gained[0])))
     if not usable or not finite(base.get(gained[0])):
         return None
-    worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in usable}
-    best = max(worth.values())
+    measured = sorted(step for step in lines if step and finite(lines[step].get(gained[0])))
+    worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in measured}
+    beside = {step: measured[max(0, place - 1) : place + 2] for place, step in enumerate(measured)}
+    best = max(mean(worth[near] for near in beside[step]) for step in usable)
+    most = max(usable, key=worth.__getitem__)
     judged = gained is _JUDGED[0]
     what = "likeness to the subject" if judged else "what the photographs teach (previews were not judged)"
     if best <= (_NOTHING if judged else 0):
-        step = max(usable, key=worth.__getitem__)
         reason = f"it is the least bad: no step gained in {what} beyond what its class lost"
-        return Recommendation(step, f"{reason}; train longer or at a higher rate")
-    step = next(step for step in usable if worth[step] >= (SHARE if judged else SHARE_OF_LOSS) * best)
+        return Recommendation(most, f"{reason}; train longer or at a higher rate")
+    enough = (SHARE if judged else SHARE_OF_LOSS) * best
+    step = next((step for step in usable if worth[step] >= enough), most)
     if judged and finite(base.get(lost[0])):
         what += ", less what the class took on of it"
-    share = f"{worth[step] / best:.0%} of what the best step did"
-    reason = f"no step gained more in {what}" if worth[step] == best else f"it gained {share} in {what}"
+    share = "all" if worth[step] >= best else f"{worth[step] / best:.0%}"
+    reason = f"it has {share} of what the best steps gained in {what}"
     return Recommendation(step, f"{reason}; {_afterwards(lines, step, lost, best)}")
 
 

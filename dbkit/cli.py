@@ -9,13 +9,13 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from dbkit import processes
 from dbkit.config import COMMANDS
 from dbkit.errors import DbkitError
-from dbkit.settings import Settings, closest, coerce, field_type, groups, is_several, type_name
+from dbkit.settings import Settings, closest, coerce, field_type, groups, is_several, read_yaml, type_name
 
 # Where each command's function is; it is imported when the command runs.
 _FUNCTIONS = {
@@ -37,7 +37,23 @@ _FUNCTIONS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped."""
+    """Run one command. Returns the exit status: 0 only when it is done, 2 for a user's mistake, 130 when stopped.
+
+    Where the reader of a pipe has gone, as `head` goes, it ends without a word, and the status is 1.
+    """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            if hasattr(sys.stdout, "flush"):
+                sys.stdout.flush()  # of a short text only this finds the pipe closed
+    except BrokenPipeError:
+        # The interpreter writes what is left when it ends, and would say that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a prompt in another script must not end a training
@@ -53,6 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DbkitError as error:
         _say_mistake(str(error))
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
         _say_mistake(f"{error}; check this path and who may write there")
         return 2
@@ -90,6 +108,9 @@ def _parse(arguments: list[str]) -> tuple[str, Settings]:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, cls in COMMANDS.items():
         _add_command(commands, name, cls)
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        hint = closest(arguments[0], COMMANDS) or "; dbkit --help lists what there is"
+        raise DbkitError(f"{arguments[0]!r} is none of dbkit's commands, {', '.join(COMMANDS)}{hint}")
     found, unknown = parser.parse_known_args(_plain_switches(arguments))
     values = vars(found)
     command, path = values.pop("command"), values.pop("config", None)
@@ -100,7 +121,8 @@ def _parse(arguments: list[str]) -> tuple[str, Settings]:
     while left and unknown and not unknown[0].startswith("-"):
         values[left.pop(0)] = unknown.pop(0)
     if unknown:
-        raise DbkitError(_unknown_argument(unknown[0], command, cls))
+        given = [*values, *read_yaml(path)] if path else values
+        raise DbkitError(_unknown_argument(unknown[0], command, cls, given))
     return command, cls.load(path, **values) if path else cls.from_dict(values)
 
 
@@ -160,8 +182,12 @@ def _help(field: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def _unknown_argument(argument: str, command: str, cls: type[Settings]) -> str:
+def _unknown_argument(argument: str, command: str, cls: type[Settings], given: Container[str]) -> str:
+    """The sentence for it; given holds the names of the settings that have a value."""
     argument = argument.partition("=")[0]  # its value may be a token
-    names = [field.name for field in dataclasses.fields(cls)]
-    hint = closest(argument.lstrip("-").removeprefix("no-"), names)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hint = closest(argument.lstrip("-").removeprefix("no-"), fields)
+    model = fields.get("pretrained_model_name_or_path")
+    if not hint and model and model.default is dataclasses.MISSING and model.name not in given and argument[:1] != "-":
+        hint = f"; if that is the model, write --{model.name} {argument}"
     return f"{argument} is not known to dbkit {command}{hint or f'; dbkit {command} --help lists what is'}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dbkit.config import ConvertConfig
 from dbkit.downloads import Place, fetch, find, is_folder
-from dbkit.errors import DbkitError, counted, some
+from dbkit.errors import DbkitError, counted, reason_of, some
 from dbkit.families import is_lora, require_usual, unusual
 from dbkit.files import (
     full_disk_is_a_sentence,
@@ -406,9 +406,8 @@ def _without_weights(model: StoredModel, config: ConvertConfig) -> Models:
             if type(tokenizer.model_max_length) is not int:
                 raise ValueError(f"model_max_length is {tokenizer.model_max_length!r}")
         except Exception as error:  # the tokenizers library has none but this
-            reason = " ".join(str(error).split())[:200]
             raise DbkitError(
-                f"the tokenizer that dbkit noted in {config.source} cannot be made ({reason}); download or copy the "
-                "file again"
+                f"the tokenizer that dbkit noted in {config.source} cannot be made ({reason_of(error)}); download or "
+                "copy the file again"
             ) from error
     return Models(tokenizer=tokenizer, noise_scheduler=noise_scheduler, scheduler_config=settings, **modules)

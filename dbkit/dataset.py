@@ -60,7 +60,7 @@ def prepare_dataset(config: PrepareConfig) -> DatasetReport:
     """
     count_tokens = _token_counter(config.pretrained_model_name_or_path)
     _check_folders(config.source, config.destination)
-    with one_process(config.destination.absolute()), opened(config.source) as source:
+    with opened(config.source) as source, one_process(config.destination.absolute()):
         if not source.images:
             hints = [*source.refused.values(), *(f"{name} is {why}" for name, why in source.ignored.items())]
             hints.append(f"put 5 to 20 photographs there ({', '.join(sorted(SUFFIXES))})")

@@ -37,9 +37,9 @@ EXTREME = 2.5
 TEXT_SHARE = 0.002
 
 MAX_TOKENS = 75
-FEWEST = {"dreambooth": 4, "native": 20}
+FEWEST = {"dreambooth": 5, "native": 20}
 _ENOUGH = {
-    "dreambooth": "add some, from other sides and in other surroundings: 4 to 20 are usual",
+    "dreambooth": "add some, from other sides and in other surroundings: 5 to 20 are usual",
     "native": "a style wants many, 100 or more are recommended: add some",
 }
 
@@ -194,7 +194,7 @@ def _distance(first: str, second: str) -> int:
 def _caption(caption: str | None, method: str, count_tokens: Callable[[str], int] | None) -> Told:
     if caption is None:
         if method == "native":
-            yield "caption", "has no caption, and native training learns from captions; write one (notebook 3 does)"
+            yield "caption", "has no caption, and native training learns from captions; write one (dbkit caption does)"
     elif not caption.strip():
         yield "caption", "has an empty caption file; write what the image shows, or remove the file"
     elif count_tokens is not None and (tokens := count_tokens(caption)) > MAX_TOKENS:

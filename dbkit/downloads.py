@@ -35,7 +35,7 @@ from dbkit.files import (
     write_text,
 )
 from dbkit.libraries import hub_errors, hub_options, status_and_reason
-from dbkit.models import CONFIGS, WEIGHTS, weight_names
+from dbkit.models import CONFIGS, WEIGHTS, models_beside, weight_names
 from dbkit.workspace import working_folder
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def find(source: str | Path, suffixes: Sequence[str]) -> Place:
     name, _, file = rest.partition("/")
     if path.exists():
         return path
+    if saved := models_beside(path):
+        raise DbkitError(f"there is no file or folder {path}; the run has {some(saved)}")
     # An id that ends as a file does, or a file in a repository that does not, is a path with a mistake in it.
     if _is_repo(f"{owner}/{name}") and _ends(file or name, suffixes) == bool(file):
         return OnHub(f"{owner}/{name}", file or None)

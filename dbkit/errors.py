@@ -1,7 +1,8 @@
-"""The exceptions for a user's mistake and a user's wish to stop, and how sentences name many things."""
+"""The exceptions for a user's mistake and a user's wish to stop, and what their sentences are made of."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -25,6 +26,11 @@ class Stopped(KeyboardInterrupt):
 
     def _render_traceback_(self) -> list[str]:
         return [f"KeyboardInterrupt: {self}"]
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library says of its error, in one line of at most 200 characters that ends with a word."""
+    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
 
 
 def counted(number: int, thing: str) -> str:

@@ -136,7 +136,7 @@ def _prompts(config: TrainConfig, concept: Concept, paths: list[Path]) -> dict[P
     if missing := [path.name for path, text in texts.items() if not text]:
         raise DbkitError(
             f"{len(missing)} of {len(paths)} images in {concept.instance_data_dir} have no caption "
-            f"({some(missing)}); write a .txt file of the same name beside each (notebook 3 helps)"
+            f"({some(missing)}); write a .txt file of the same name beside each (dbkit caption and notebook 3 help)"
         )
     template = config.prompt_combine_template if config.combine_prompt_from_txt else "{TXT_PROMPT}"
     # The text goes in last, so that braces in it are only text.

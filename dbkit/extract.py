@@ -116,7 +116,7 @@ def _folder(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     files = [f"{part}/{file}" for part in PREFIXES for file in ("config.json", WEIGHTS[part])]
-    options = hub_options(name, revision=revision)
+    options = hub_options(name, "unet/config.json", revision)
     with loading(name):
         return Path(snapshot_download(name, revision=revision, allow_patterns=files, **options))
 

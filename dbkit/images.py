@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from dbkit import draws
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,6 +32,8 @@ UNREAD = "{} is of a kind that dbkit does not read; save it as JPEG or PNG"
 # No others, whatever a file is called: some of Pillow's readers start programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _HEIC = (".heic", ".heif")
+# What stands in bytes 4 to 12 of a HEIC file, which may be called .jpg.
+_HEIC_MARKS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"mif1")}
 # What each orientation in a photograph's EXIF asks for.
 _UPRIGHT = {
     2: "FLIP_LEFT_RIGHT",
@@ -159,8 +161,9 @@ def _decoded(path: Path, convert: Callable[[Image.Image], Decoded]) -> Decoded:
         IndexError,
         struct.error,
     ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise DbkitError(f"{path.name} cannot be read as an image ({reason}); replace it or take it out") from error
+        raise DbkitError(
+            f"{path.name} cannot be read as an image ({reason_of(error)}); replace it or take it out"
+        ) from error
 
 
 def read_usable(path: Path) -> Image.Image:
@@ -214,7 +217,9 @@ def kind_of(path: Path) -> str | None:
 
 
 def _formats(path: Path) -> tuple[str, ...]:
-    if path.suffix.lower() not in _HEIC:
+    with path.open("rb") as file:
+        marked = file.read(12)[4:] in _HEIC_MARKS
+    if path.suffix.lower() not in _HEIC and not marked:
         return _FORMATS
     try:
         import pillow_heif

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import socket
+import textwrap
 import urllib.parse
 import urllib.request
 import warnings
@@ -48,18 +49,22 @@ def hub_options(name: str, file: str = "model_index.json", revision: str | None 
         if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             raise DbkitError(f"{file} of {name} is not on this machine yet; dbkit.plan() downloads it, which is quick")
         return {"local_files_only": True}
-    if constants.HF_HUB_OFFLINE or urllib.request.getproxies():
+    if constants.HF_HUB_OFFLINE:
+        reason, way = "HF_HUB_OFFLINE is set", "unset that"
+    elif urllib.request.getproxies():
         return {}
-    try:
-        socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
-    except OSError as error:
-        if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
-            return {"local_files_only": True}
-        raise DbkitError(
-            f"the model {name} is not on this machine and Hugging Face cannot be reached ({error}); check the "
-            "connection, or give the folder of a model"
-        ) from error
-    return {}
+    else:
+        try:
+            socket.getaddrinfo(urllib.parse.urlparse(constants.ENDPOINT).hostname, 443)
+            return {}
+        except OSError as error:
+            reason, way = str(error), "check the connection"
+    if isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        return {"local_files_only": True}
+    raise DbkitError(
+        f"the model {name} is not on this machine and Hugging Face cannot be reached ({reason}); {way}, or give the "
+        "folder of a model"
+    )
 
 
 def library_errors() -> tuple[type[Exception], ...]:
@@ -86,7 +91,8 @@ def status_and_reason(error: BaseException) -> tuple[int | None, str]:
         error = error.__cause__  # the client's own says only at which file it was
     status = getattr(getattr(error, "response", None), "status_code", None)
     # Addresses lose their queries, which may be signed.
-    return status, re.sub(r"\?\S+", "", " ".join(str(error).split()))[:300].rstrip(". ") or type(error).__name__
+    reason = textwrap.shorten(re.sub(r"\?\S+", "", str(error)), 300, placeholder=" …")
+    return status, reason.rstrip(". ") or type(error).__name__
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dbkit import draws
 from dbkit.checkpoint import commit
 from dbkit.config import MergeConfig, TrainConfig
 from dbkit.embedded import NAME, local_folder
-from dbkit.errors import DbkitError, some
+from dbkit.errors import DbkitError, reason_of, some
 from dbkit.files import safe_name, write_text
 from dbkit.libraries import quiet
 from dbkit.lora_files import PREFIXES, Adapter, has_adapter, kohya_metadata, kohya_name, read_lora
@@ -59,7 +59,7 @@ def require_peft() -> None:
         _inject(torch.nn.Sequential(torch.nn.Linear(1, 1)), {"0": 1}, {"0": 1.0})
     except (ImportError, RuntimeError, AttributeError, TypeError) as error:
         raise DbkitError(
-            f"LoRA needs peft, which does not work here ({' '.join(str(error).split())[:200]}); pip install --upgrade "
+            f"LoRA needs peft, which does not work here ({reason_of(error)}); pip install --upgrade "
             '"peft>=0.12", then try again'
         ) from error
 

@@ -20,7 +20,7 @@ from dbkit.buckets import Size, sizes_of
 from dbkit.counting import ACTIVATIONS, make_arithmetic, make_ledger, run_backward
 from dbkit.embedded import local_folder
 from dbkit.encoding import at_once
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 from dbkit.libraries import hub_errors, hub_options, loading, quiet
 from dbkit.losses import add_noise, per_sample_loss
 from dbkit.models import CONFIGS, WEIGHTS, Models, model_facts, read_config, vae_folder
@@ -118,7 +118,7 @@ def _from_hub(name: str, file: str, revision: str | None) -> dict[str, Any]:
         try:
             return json.loads(Path(hf_hub_download(name, file, revision=revision, **options)).read_text("utf-8"))
         except hub_errors() as error:
-            raise OSError(f"its {file} cannot be had: {' '.join(str(error).split())[:150]}") from error
+            raise OSError(f"its {file} cannot be had: {reason_of(error)}") from error
 
 
 def sizes_of_parts(configs: Configs) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dbkit import processes
 from dbkit.embedded import local_folder
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of, some
 from dbkit.files import full_disk_is_a_sentence, sha256, side_by_side
 from dbkit.libraries import hub_options, loading, quiet
 from dbkit.tensor_files import Stored, is_finite, write_safetensors
@@ -156,10 +156,22 @@ def _inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
 
 
 def _require_hub_id(name: str) -> None:
+    if saved := models_beside(Path(name)):
+        raise DbkitError(f"there is no model folder {name}; the run has {some(saved)}")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
         raise DbkitError(
             f"there is no model folder {name}; check the path, or give a Hugging Face id such as owner/name"
         )
+
+
+def models_beside(missing: Path) -> list[str]:
+    """The models of the run that a folder which is not there would lie in; none where that is no run either."""
+    for run in missing.absolute().parents[:2]:
+        # In a run's folder too, owner/name is an id of the Hub.
+        if missing.parent.is_dir() and (run / "settings.yaml").is_file():
+            folders = [*sorted((run / "checkpoints").glob("step_*")), run / "model"]
+            return [folder.relative_to(run).as_posix() for folder in folders if folder.is_dir()][::-1]
+    return []
 
 
 def check_resolution(resolution: int, facts: Facts | None) -> None:
@@ -250,7 +262,8 @@ def load_models(
     name_or_path = folder if (folder := local_folder(name_or_path)).is_dir() else name_or_path
     options: dict[str, Any] = {"revision": revision} if revision else {}
     if model_facts(name_or_path) is None:
-        options |= hub_options(str(name_or_path), revision=revision)
+        # The part that is read last: where it is, all are.
+        options |= hub_options(str(name_or_path), f"scheduler/{CONFIGS['scheduler']}", revision)
     with loading(name_or_path):
         variant = _variant(Path(name_or_path))
         if tokenizer_name:
@@ -505,9 +518,7 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
             safe = path.suffix == ".safetensors"
             weights |= load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
         except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-            raise DbkitError(
-                f"{path} cannot be read ({' '.join(str(error).split())[:200]}); copy the model again"
-            ) from error
+            raise DbkitError(f"{path} cannot be read ({reason_of(error)}); copy the model again") from error
     return weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dbkit import keys
 from dbkit.config import ConvertConfig
 from dbkit.downloads import fetch, find, is_folder
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 from dbkit.families import Family, find_family, hidden_act, model_configs, original_shapes, vae_config
 from dbkit.layouts import from_original, modern_names, vae_from_original
 from dbkit.libraries import library_errors, quiet
@@ -221,9 +222,8 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
                 "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(configs["text_encoder"])),
             }
     except (*library_errors(), LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise DbkitError(
-            f"{source} has the widths of no {name} model ({reason}), and nothing in the file says more; "
+            f"{source} has the widths of no {name} model ({reason_of(error)}), and nothing in the file says more; "
             "convert the folder it was made from again with dbkit, which writes them down"
         ) from error
     for part, module in modules.items():
@@ -234,8 +234,8 @@ def empty_modules(model: StoredModel, source: Path) -> dict[str, torch.nn.Module
         try:
             load_state_dict(module, part, shapes, assign=True)
         except RuntimeError as error:
-            lines = " ".join(" ".join(str(error).strip().splitlines()[1:4]).split())
-            reason = lines if len(lines) < 300 else f"{lines[:300]}…"
+            lines = " ".join(str(error).strip().splitlines()[1:4])
+            reason = textwrap.shorten(lines, 300, placeholder=" …")
             if part == "vae" and model.other_vae:
                 fault = f"the VAE {model.other_vae} is not a whole one of {name}: {reason}"
             else:
@@ -259,7 +259,6 @@ def _require_settings(configs: dict[str, Any], source: Path) -> None:
         with quiet():
             DDPMScheduler.from_config(settings)
     except (*library_errors(), LookupError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise DbkitError(
-            f"the settings of {source} are not those of a model ({reason}); copy the model again"
+            f"the settings of {source} are not those of a model ({reason_of(error)}); copy the model again"
         ) from error

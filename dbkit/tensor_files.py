@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 import struct
+import textwrap
 import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -424,6 +425,6 @@ def _damage_is_a_sentence(path: Path) -> Iterator[None]:
                 f"{path} holds more than tensors, which could run code when loaded, so it is refused; look for "
                 "a .safetensors file of it"
             ) from error
-        lines = " ".join(next(iter(str(error).splitlines()), "").split())
-        reason = "it is no plain pickle of tensors" if pickled else lines[:200] or repr(error)
+        line = textwrap.shorten(next(iter(str(error).splitlines()), ""), 200, placeholder=" …")
+        reason = "it is no plain pickle of tensors" if pickled else line or repr(error)
         raise DbkitError(f"{path} is damaged or not a checkpoint ({reason}); download or copy it again") from error

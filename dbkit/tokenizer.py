@@ -41,7 +41,7 @@ def model_tokenizer(name: str, revision: str | None = None) -> CLIPTokenizer:
     if folder.is_dir():
         with loading(name):
             return clip_tokenizer(folder, subfolder="tokenizer")
-    options |= hub_options(name, revision=revision)
+    options |= hub_options(name, "tokenizer/tokenizer_config.json", revision)
     with loading(name):
         return clip_tokenizer(name, subfolder="tokenizer", **options)
 
@@ -63,7 +63,7 @@ def clip_tokenizer(name: str | Path, **options: Any) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer.from_pretrained(name, **options)
     # Where the files are missing, transformers 5 makes a tokenizer that knows no word, and says nothing.
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
-        raise OSError("the tokenizer's vocabulary is missing")
+        raise OSError("the tokenizer's vocabulary is missing" if Path(name).is_dir() else "its tokenizer cannot be had")
     return tokenizer
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dbkit import processes
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 from dbkit.files import write_text
 from dbkit.settings import plain
 from dbkit.train_config import TrainConfig
@@ -85,9 +85,9 @@ def _wandb(config: TrainConfig, run: Path, folder: Path) -> Tracker:
             config=plain(config),
         )
     except (wandb.errors.Error, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise DbkitError(
-            f"wandb cannot start ({reason}); wandb login, or set WANDB_MODE=offline, or leave log_with at none"
+            f"wandb cannot start ({reason_of(error)}); wandb login, or set WANDB_MODE=offline, or leave log_with at "
+            "none"
         ) from error
 
     def track(step: int, values: dict[str, float | None]) -> None:

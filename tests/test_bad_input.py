@@ -153,6 +153,7 @@ READ = {
     "progressive JPEG": ("a.jpg", lambda: encoded(drawn(), "JPEG", progressive=True), RED),
     "HEIC": ("a.heic", heic, RED),
     "a JPEG called heic": ("a.heic", lambda: JPEG, RED),
+    "a HEIC called jpg": ("a.jpg", heic, RED),
     "1:100": ("a.png", lambda: encoded(drawn((2000, 20)), "PNG"), None),
     "trailing bytes": ("a.jpg", lambda: JPEG + b"more" * 1000, RED),
 }

@@ -18,10 +18,16 @@ def test_of_steps_that_are_nearly_as_good_the_earliest_is_taken():
     found = recommend(lines(subject_fidelity=LEARNT), STEPS)
     assert found.step == 200
     assert str(found) == (
-        "step 200 is recommended: it gained 96% of what the best step did in likeness to the subject; what comes after "
+        "step 200 is recommended: it has 97% of what the best steps gained in likeness to the subject; what comes after "
         "200 adds little"
     )
     assert recommend(lines(subject_fidelity=[0.0, 0.3, 0.75, 0.78, 0.8, 0.8, 0.79]), STEPS).step == 300
+
+
+def test_one_lucky_picture_is_not_the_best():
+    assert recommend(lines(subject_fidelity=[0.0, 0.3, 0.77, 0.78, 0.8, 0.8, 0.99]), STEPS).step == 200
+    # Nor does it hide that a training was still gaining.
+    assert recommend(lines(range(0, 400, 100), subject_fidelity=[0.0, 0.3, 0.6, 0.9]), [100, 200, 300]).step == 300
 
 
 def test_likeness_that_the_class_took_on_too_does_not_count():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -46,11 +47,12 @@ def test_a_command_that_is_done_says_what_it_made_and_returns_0(photos, tmp_path
 
 
 def test_a_mistake_is_one_sentence_without_a_traceback_and_status_2(tmp_path):
-    command = [sys.executable, "-m", "dbkit", "prepare", tmp_path / "gone", tmp_path / "out"]
+    command = [sys.executable, "-m", "dbkit", "prepare", tmp_path / "gone", tmp_path / "data" / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"dbkit: there is no folder or .zip {tmp_path / 'gone'}; check the path\n"
+    assert not (tmp_path / "data").exists()  # not even the lock
 
 
 def test_being_stopped_is_status_130(photos, tmp_path, capsys, monkeypatch):
@@ -61,6 +63,18 @@ def test_being_stopped_is_status_130(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Stopped())
     assert main(["prepare", str(photos), str(tmp_path / "out"), "--resolution=32"]) == 130
     assert capsys.readouterr().err == "dbkit: stopped\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prepare", "photos", "out", "--resolution", "32"]])
+def test_a_pipe_whose_reader_has_gone_ends_the_command_without_a_word(photos, tmp_path, arguments):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "dbkit", *arguments]
+    # Buffered, as it is by default: what is short is written at the end.
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    done = subprocess.run(command, cwd=photos.parent, env=env, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_a_programmers_mistake_keeps_its_traceback(photos, tmp_path, monkeypatch):
@@ -92,6 +106,14 @@ def test_a_programmers_mistake_keeps_its_traceback(photos, tmp_path, monkeypatch
             ["prepare", "--resolutio", "64", "photos", "out"],
             "--resolutio is not known to dbkit prepare; did you mean 'resolution'?",
         ),
+        (
+            ["train", "tiny-sd", "--seed", "1"],
+            "tiny-sd is not known to dbkit train; if that is the model, write --pretrained_model_name_or_path tiny-sd",
+        ),
+        (
+            ["train", "photos", "--pretrained_model_name_or_path", "tiny-sd"],
+            "photos is not known to dbkit train; dbkit train --help lists what is",
+        ),
         (["demo", "--zzzzz"], "--zzzzz is not known to dbkit demo; dbkit demo --help lists what is"),
         (["prepare", "a", "b", "c"], "c is not known to dbkit prepare; dbkit prepare --help lists what is"),
     ],
@@ -107,10 +129,8 @@ def test_a_shortened_flag_is_not_guessed(refused):
 
 
 def test_an_unknown_command_is_refused_with_the_ones_there_are(refused):
-    sentence = refused("trian")
-    assert "'trian'" in sentence
-    assert all(command in sentence for command in COMMANDS)
-    assert sentence.endswith("; dbkit --help lists what there is")
+    for wrong, hint in (("trian", "did you mean 'train'?"), ("zzz", "dbkit --help lists what there is")):
+        assert refused(wrong) == f"{wrong!r} is none of dbkit's commands, {', '.join(COMMANDS)}; {hint}"
 
 
 def test_a_secret_is_taken_out_of_the_arguments_that_others_may_write_down(monkeypatch, capsys):

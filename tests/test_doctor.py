@@ -274,7 +274,7 @@ def test_native_training_wants_a_caption_for_each_image():
 
 
 def test_a_subject_needs_no_captions_but_all_or_none():
-    images = different(4)
+    images = different(5)
     assert said(images, dict.fromkeys(images)) == []
     assert [finding.check for finding in said(images, {"0.png": "a dog"})] == ["captions"]
     assert said(images, dict.fromkeys(images, "photo of zwx dog")) == []
@@ -291,7 +291,7 @@ def test_long_and_repeated_captions_are_told():
     assert said(images, exact, method="native", count_tokens=lambda text: len(text.split())) == []
 
 
-@pytest.mark.parametrize(("method", "count"), [("dreambooth", 4), ("native", 20)])
+@pytest.mark.parametrize(("method", "count"), [("dreambooth", 5), ("native", 20)])
 def test_too_few_images_are_told(method, count):
     captions = {f"{n}.png": f"caption {n}" for n in range(count)}
     assert said(different(count), captions, method=method) == []

@@ -1,6 +1,7 @@
 """Reading images upright, in RGB, whatever a camera, scanner or drawing program wrote; cutting squares from them."""
 
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -155,6 +156,14 @@ def test_a_truncated_image_is_refused_by_name(tmp_path, suffix):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(DbkitError, match=rf"^dog.{suffix} cannot be read as an image \("):
         read_image(path)
+
+
+@pytest.mark.parametrize("name", ["dog.heic", "dog.jpg"])
+def test_a_heic_photograph_that_cannot_be_read_here_is_said_to_be_one(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(DbkitError, match=rf"^{name} is a HEIC photograph; pip install pillow-heif, or save it as JPEG"):
+        read_image(tmp_path / name)
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):

@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from dbkit import DbkitError
+from dbkit.config import TrainConfig
 from dbkit.libraries import choose_device, choose_dtype, hub_options, quiet
+from dbkit.memory import read_configs
 from dbkit.models import load_models
+from dbkit.tokenizer import model_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -63,3 +66,19 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     monkeypatch.setattr("urllib.request.getproxies", dict)
     with pytest.raises(DbkitError, match="owner/name is not on this machine and Hugging Face cannot be reached"):
         hub_options("owner/name")
+
+
+def test_a_model_that_is_not_here_is_named_where_the_hub_may_not_be_asked(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for load in (
+        load_models,
+        model_tokenizer,
+        lambda name: read_configs(TrainConfig(name, "photos", instance_prompt="zwx")),
+    ):
+        with pytest.raises(DbkitError) as refused:
+            load("owner/name")
+        assert str(refused.value) == (
+            "the model owner/name is not on this machine and Hugging Face cannot be reached (HF_HUB_OFFLINE is set); "
+            "unset that, or give the folder of a model"
+        )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from dbkit import DbkitError
+from dbkit.downloads import find
 from dbkit.models import (
     PARTS,
     WEIGHTS,
@@ -161,6 +163,23 @@ def test_damaged_weights_are_said_in_one_sentence(copied, part):
         load_models(copied)
 
 
+@pytest.mark.parametrize("given", ["checkpoints/300", "checkpoint-300"])
+def test_a_model_that_a_run_does_not_have_is_told_with_those_it_has(tmp_path, monkeypatch, given):
+    for folder in ("checkpoints/step_000200", "checkpoints/step_000300", "model"):
+        (tmp_path / "dog" / folder).mkdir(parents=True)
+    (tmp_path / "dog" / "settings.yaml").touch()
+    has = "the run has model, checkpoints/step_000300, checkpoints/step_000200$"
+    monkeypatch.chdir(tmp_path)
+    # The second of these would do as an id of the Hub.
+    for name in (tmp_path / "dog" / given, Path("dog", given)):
+        with pytest.raises(DbkitError, match=rf"^there is no model folder .*{given}; {has}"):
+            model_facts(name)
+        with pytest.raises(DbkitError, match=rf"^there is no file or folder .*{given}; {has}"):
+            find(name, (".safetensors",))
+    monkeypatch.chdir(tmp_path / "dog")
+    assert model_facts("owner/name") is None
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """The hub's library reads its environment once, when it is imported."""
@@ -168,7 +187,9 @@ def offline(monkeypatch):
 
 
 def test_a_model_that_cannot_be_downloaded_is_said_in_one_sentence(offline):
-    with pytest.raises(DbkitError, match=r"the model owner/name cannot be loaded .*; check the id, the connection and"):
+    with pytest.raises(
+        DbkitError, match=r"the model owner/name is not on this machine and .* \(HF_HUB_OFFLINE is set\)"
+    ):
         load_models("owner/name")
 
 

@@ -15,7 +15,9 @@ def offline(monkeypatch):
 
 
 def test_a_tokenizer_that_cannot_be_downloaded_is_said_in_one_sentence(offline):
-    with pytest.raises(DbkitError, match=f"the model tokenizer {CLIP_TOKENIZER} cannot be loaded"):
+    with pytest.raises(
+        DbkitError, match=f"the model {CLIP_TOKENIZER} is not on this machine and Hugging Face cannot be"
+    ):
         load_tokenizer(None)
 
 
