@@ -161,6 +161,17 @@ def test_what_a_newer_value_overtakes_is_not_shown_and_of_several_the_last_count
     assert shown == ["c0", "c1"]
 
 
+def test_who_gave_the_last_value_is_shown_its_text_and_who_gave_it_before_no_more(stage):
+    background, shown, through, begun = stage
+    later = []
+    background.give("a", shown.append)
+    assert begun.acquire(timeout=60)
+    background.give("b", later.append)
+    through.release(3)
+    background.finish()
+    assert (shown, later) == ([], ["b0", "b1"])
+
+
 def test_without_a_value_there_is_nothing_to_wait_for(stage):
     background, shown, _, _ = stage
     background.finish()
