@@ -7,8 +7,10 @@ chosen in the workspace; cells run. No button starts work.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
 import re
+import sys
 import types
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
@@ -51,6 +53,13 @@ class Form(widgets.VBox, Generic[Config]):
         self._left = [field.name for field in self._fields if field.metadata.get("auto")]
         if self._chosen.get("auto", suggested.get("auto")):
             suggested |= {name: None for name in self._left if name not in self._chosen}
+        # Shared, since each one is a message of its own.
+        self._layouts = [
+            # Of a text of several lines the browser's least width is another than of the others.
+            widgets.Layout(**sizes)
+            for sizes in ({"flex": "0 0 250px"}, {"width": "340px", "min_width": "0"}, {"flex": "1 1 300px"})
+        ]
+        self._styles: dict[type, widgets.Widget] = {}
         self._inputs: dict[str, widgets.Widget] = {}
         self._notes: dict[str, widgets.HTML] = {}
         self._rows: dict[str, widgets.HBox] = {}
@@ -60,9 +69,10 @@ class Form(widgets.VBox, Generic[Config]):
             default = None if field.default is dataclasses.MISSING else field.default
             value = self._chosen.get(field.name, suggested.get(field.name, default))
             self._rows[field.name] = self._row(field, value)
+            _let_out()
         sections = [part for title, fields in groups(cls) for part in self._section(title, fields)]
         self._message, self._summary = widgets.HTML(), widgets.HTML()
-        self._background = Background(summarize, lambda text: setattr(self._summary, "value", text))
+        self._background = _background(self._file)
         if self._left:
             self._inputs["auto"].observe(lambda change: self._say_left(), "value")
             self._say_left()
@@ -82,7 +92,7 @@ class Form(widgets.VBox, Generic[Config]):
         for name, value in values.items():
             if name not in self._inputs:
                 raise DbkitError(f"there is no field {name!r} in this form")
-            self._inputs[name].value = _shown(value, self._inputs[name])
+            self._inputs[name].value = _shown(value, type(self._inputs[name]))
 
     def _section(self, title: str, fields: list[dataclasses.Field]) -> list[widgets.Widget]:
         """The fields under a heading: what to set, then the advanced ones, folded away."""
@@ -117,22 +127,22 @@ class Form(widgets.VBox, Generic[Config]):
     def _row(self, field: dataclasses.Field, value: Any) -> widgets.Widget:
         kind = field_type(self._cls, field.name)
         if kind is bool and field.metadata.get("auto"):
-            box = widgets.Dropdown(options=(("auto, else off", ""), ("on", "on"), ("off", "off")))
+            look = (widgets.Dropdown, {"options": (("auto, else off", ""), ("on", "on"), ("off", "off"))})
         elif kind is bool:
-            box = widgets.Checkbox(indent=False)
+            look = (widgets.Checkbox, {"indent": False})
         elif get_origin(kind) is Literal:
-            box = widgets.Dropdown(options=get_args(kind))
+            look = (widgets.Dropdown, {"options": get_args(kind)})
         elif is_several(kind):
-            box = widgets.Textarea(placeholder="one on each line", continuous_update=False)
+            look = (widgets.Textarea, {"placeholder": "one on each line", "continuous_update": False})
         else:
             # A Combobox is a Text that offers something.
-            required = field.default is dataclasses.MISSING
-            box = widgets.Combobox(placeholder="required" if required else "empty", continuous_update=False)
-            box.options = self._offered.get(field.name, [])
-        # Of a text of several lines the browser's least width is another than of the others.
-        box.layout = widgets.Layout(width="340px", min_width="0")
+            empty = "required" if field.default is dataclasses.MISSING else "empty"
+            offered = self._offered.get(field.name, [])
+            look = (widgets.Combobox, {"placeholder": empty, "continuous_update": False, "options": offered})
+        for_name, for_box, for_note = self._layouts
         try:
-            box.value = _shown(self._relative(value), box)
+            shown = _shown(self._relative(value), look[0])
+            box = self._make(look[0], layout=for_box, value=shown, **look[1])
         except (TraitError, TypeError, ValueError) as error:
             # A value that this widget cannot show (a choice that no longer exists) must not hide the form.
             raise DbkitError(
@@ -140,9 +150,15 @@ class Form(widgets.VBox, Generic[Config]):
             ) from error
         box.observe(lambda change: self._changed(field.name), "value")
         self._inputs[field.name] = box
-        name = widgets.HTML(f"<b>{field.name}</b>", layout=widgets.Layout(flex="0 0 250px"))
-        note = self._notes[field.name] = widgets.HTML(layout=widgets.Layout(flex="1 1 300px"))
+        name = self._make(widgets.HTML, layout=for_name, value=f"<b>{field.name}</b>")
+        note = self._notes[field.name] = self._make(widgets.HTML, layout=for_note, value=_help(field))
         return widgets.HBox([name, box, note])
+
+    def _make(self, kind: type[widgets.Widget], **traits: Any) -> widgets.Widget:
+        """A widget that has its style in common with the others of its kind."""
+        made = kind(**traits, **({"style": self._styles[kind]} if kind in self._styles else {}))
+        self._styles.setdefault(kind, made.style)
+        return made
 
     def _relative(self, value: Any) -> Any:
         """Paths in the workspace are shown, and kept, relative to it, since it lies elsewhere on another machine."""
@@ -198,7 +214,23 @@ class Form(widgets.VBox, Generic[Config]):
         except DbkitError as error:
             config, self._message.value = None, red(str(error))
         if issubclass(self._cls, TrainConfig):
-            self._background.give(config)
+            _let_out()
+            self._background.give(config, lambda text: setattr(self._summary, "value", text))
+
+
+@functools.cache
+def _background(file: Path) -> Background[TrainConfig | None]:
+    """One for all forms of a file: what is given by the form of a cell that runs again takes the former's place."""
+    return Background(summarize)
+
+
+def _let_out() -> None:
+    """Wait until what the widgets said is on its way to the browser.
+
+    A kernel's thread sends it. Where other threads keep that one from running, the messages pile up, and of more than
+    1000 at once ZeroMQ drops some without a word: widgets that are not found, or a cell that never ends.
+    """
+    sys.stdout.flush()
 
 
 def _show(widget: widgets.Widget, shown: bool) -> None:
@@ -227,12 +259,12 @@ def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:
     ]
 
 
-def _shown(value: Any, box: widgets.Widget) -> Any:
+def _shown(value: Any, kind: type[widgets.Widget]) -> Any:
     """A value as its widget shows it: 2e-06 stays text that looks like a learning rate."""
-    if isinstance(box, widgets.Checkbox):
+    if issubclass(kind, widgets.Checkbox):
         return bool(value)
-    if isinstance(box, widgets.Dropdown):
+    if issubclass(kind, widgets.Dropdown):
         return {None: "", True: "on", False: "off"}.get(value, value)
-    if isinstance(box, widgets.Textarea):
+    if issubclass(kind, widgets.Textarea):
         return "\n".join(map(str, value or ())) if not isinstance(value, str) else value
     return "" if value is None else str(value)

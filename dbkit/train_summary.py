@@ -32,15 +32,15 @@ MOST_PICTURES = 200
 class Background(Generic[Value]):
     """Shows the steps of some work on the value that was given last, from a thread that ends with it."""
 
-    def __init__(self, steps: Callable[[Value], Generator[str, None, None]], show: Callable[[str], None]) -> None:
-        self._steps, self._show = steps, show
+    def __init__(self, steps: Callable[[Value], Generator[str, None, None]]) -> None:
+        self._steps = steps
         self._lock, self._thread = threading.Lock(), None
-        self._waiting: list[Value] = []
+        self._waiting: list[tuple[Value, Callable[[str], None]]] = []
 
-    def give(self, value: Value) -> None:
+    def give(self, value: Value, show: Callable[[str], None]) -> None:
         """Begin with a value, after the step that is being worked on; what is still to be shown of others is not."""
         with self._lock:
-            self._waiting = [value]
+            self._waiting = [(value, show)]
             if not (self._thread and self._thread.is_alive()):
                 self._thread = threading.Thread(target=self._work, name=BACKGROUND)
                 self._thread.start()
@@ -57,13 +57,13 @@ class Background(Generic[Value]):
                 if not self._waiting:
                     self._thread = None
                     return
-                value = self._waiting.pop()
+                value, show = self._waiting.pop()
             with contextlib.closing(self._steps(value)) as texts:
                 for text in texts:
                     with self._lock:
                         if self._waiting:
                             break
-                        self._show(text)
+                        show(text)
 
 
 def summarize(config: TrainConfig | None) -> Generator[str, None, None]:

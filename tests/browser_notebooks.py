@@ -326,6 +326,32 @@ def test_a_training_goes_on_through_a_reload_of_the_page(opened, lab):
     book.picture("4_watch", "dbkit.watch(")
 
 
+def test_a_form_that_is_run_again_soon_after_a_change_is_drawn_whole(opened, lab):
+    book = opened("4_train")
+    mistakes = []
+    book.page.on("console", lambda message: mistakes.append(message.text) if "not found" in message.text else None)
+    book.run_to("settings = form(")
+    form = book.cell("settings = form(")
+    expect(form.locator("b:text-is('disk')")).to_be_visible()
+    rows = book.page.locator(".jp-OutputArea-output .widget-hbox").count()
+    steps = book.row("max_train_steps").locator("input").input_value()
+    # So fast is a person: the fields' summary is worked on meanwhile.
+    for pause in (100, 200, 300, 400, 500, 600, 700, 800):
+        book.fill("max_train_steps", str(STEPS + pause))
+        book.page.wait_for_timeout(pause)
+        # A click beside the cell would leave the cursor in the field.
+        form.locator(".jp-InputArea .cm-content").click()
+        before = book.page.evaluate(COUNT)
+        book.page.keyboard.press("Control+Enter")
+        book.page.wait_for_function(RAN_ONE, arg=[book.page.evaluate(PLACE_OF, "settings = form("), before])
+        expect(form.locator("b:text-is('disk')")).to_be_visible()
+        expect(form).not_to_contain_text("javascript error")
+        expect(book.page.locator(".jp-OutputArea-output .widget-hbox")).to_have_count(rows)
+        assert not mistakes and not book.errors()
+    book.fill("max_train_steps", steps)
+    until(lambda: str(lab.kept("train").get("max_train_steps")) == steps, "the field on the disk")
+
+
 def test_a_killed_kernel_and_browser_lose_nothing_that_was_set_or_trained(opened, lab):
     book = opened("4_train")
     book.run_to("settings = form(")

@@ -1,7 +1,9 @@
 """Forms without a browser: values are set as typing would, and read back from the form and from the workspace."""
 
 import dataclasses
+import io
 import os
+import sys
 import threading
 
 import ipywidgets
@@ -264,6 +266,50 @@ def test_under_the_form_of_training_stands_what_its_settings_come_to(workspace, 
         settings.read()
     assert settings._summary.value == ""
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_form_that_is_opened_again_has_the_summary_and_the_former_one_stays_usable(workspace):
+    former, later = form(TrainConfig, workspace), form(TrainConfig, workspace)
+    given = {"use_txt_as_label": False, "instance_prompt": "photo of zwx thing"}
+    former.set(**given)
+    later.set(**given, max_train_steps=20)
+    later.read()
+    assert "20 steps x " in later._summary.value and not later._summary.value.endswith("…</p>")
+    assert "20 steps x " not in former._summary.value
+    former.set(max_train_steps=30)
+    former.read()
+    assert "30 steps x " in former._summary.value and "30 steps x " not in later._summary.value
+
+
+class Counted(io.StringIO):
+    """An output that notes at each flush how many widgets were made since the last, and whether a summary is begun."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.notes = 0, []
+
+    def flush(self):
+        self.notes.append((self.made, any(thread.name == BACKGROUND for thread in threading.enumerate())))
+        self.made = 0
+
+    def count(self, widget):
+        self.made += 1
+
+
+def test_a_form_waits_until_its_widgets_are_sent_before_more_are_made_and_before_its_summary_begins(
+    workspace, monkeypatch
+):
+    output = Counted()
+    monkeypatch.setattr(sys, "stdout", output)
+    ipywidgets.Widget.on_widget_constructed(output.count)
+    settings = form(TrainConfig, workspace)
+    ipywidgets.Widget.on_widget_constructed(None)
+    monkeypatch.undo()
+    made, begun = zip(*output.notes)
+    # Each widget is a message; a kernel keeps 1000 and loses what is above.
+    assert len(settings._inputs) < sum(made) < 650
+    assert max(made) < 100 and output.made == 0
+    assert not any(begun)
 
 
 def test_other_forms_have_no_summary(workspace):

@@ -55,18 +55,28 @@ def test_cells_after_the_first_two_import_show_and_call_only(path):
         assert all(isinstance(value, str) for value in numbers), "a setting belongs in the form"
 
 
-def run_until_trained(workspace: Path, killed_at: int | None = None) -> None:
-    """Run notebook 4 in a kernel of its own, from its first cell through the training.
-
-    The kernel is killed, not interrupted, when the log of the run has reached the step killed_at.
-    """
-    cells = [source(cell) for cell in code_cells(NOTEBOOKS[3])]
+@contextlib.contextmanager
+def kernel(workspace: Path):
+    """A kernel of its own, as its manager and its client."""
     manager = KernelManager(kernel_name="python3")
     manager.start_kernel(env={**os.environ, "DBKIT_WORKSPACE": str(workspace), "OMP_NUM_THREADS": "1"})
     client = manager.client()
     client.start_channels()
     try:
         client.wait_for_ready(timeout=120)
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def run_until_trained(workspace: Path, killed_at: int | None = None) -> None:
+    """Run notebook 4 in a kernel, from its first cell through the training.
+
+    The kernel is killed, not interrupted, when the log of the run has reached the step killed_at.
+    """
+    cells = [source(cell) for cell in code_cells(NOTEBOOKS[3])]
+    with kernel(workspace) as (manager, client):
         for cell in cells[: next(n for n, cell in enumerate(cells) if "dbkit.train(" in cell) + 1]:
             asked, reply = client.execute(cell), None
             while reply is None or reply["parent_header"].get("msg_id") != asked:
@@ -77,9 +87,6 @@ def run_until_trained(workspace: Path, killed_at: int | None = None) -> None:
                     reply = client.get_shell_msg(timeout=0.05)
                 assert manager.is_alive()
             assert reply["content"]["status"] == "ok", reply["content"]
-    finally:
-        client.stop_channels()
-        manager.shutdown_kernel(now=True)
 
 
 def step_of(log: Path) -> int:
@@ -101,6 +108,34 @@ def test_a_killed_kernel_costs_nothing_when_the_notebook_is_run_again_from_its_f
         one, two = (read_weights(run / "model", part) for run in (straight, killed))
         assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert [line["step"] for line in read_log(killed / "log.jsonl")] == list(range(1, 11))
+
+
+# A smaller queue than a kernel has, and a thread that sends as late as where others keep it from running.
+HELD_UP = """
+import time
+from ipykernel.kernelapp import IPKernelApp
+
+sends = IPKernelApp.instance().iopub_thread
+sends.socket.sndhwm = 200
+sends.schedule(lambda: time.sleep(2))
+"""
+
+
+def test_no_widget_of_a_form_is_lost_where_the_thread_of_the_kernel_that_sends_is_held_up(tmp_path):
+    imports, shows = (source(cell) for cell in code_cells(NOTEBOOKS[3])[2:4])
+    opened, used, running = set(), set(), True
+    with kernel(tmp_path) as (_, client):
+        client.execute(imports)
+        asked = client.execute(HELD_UP + shows)
+        while running:
+            message = client.get_iopub_msg(timeout=60)
+            content = message["content"]
+            assert message["msg_type"] != "error", content
+            if message["msg_type"] == "comm_open":
+                opened.add(content["comm_id"])
+                used.update(re.findall("IPY_MODEL_([0-9a-f]+)", json.dumps(content)))
+            running = content.get("execution_state") != "idle" or message["parent_header"]["msg_id"] != asked
+    assert used <= opened and len(opened) > 300
 
 
 def test_the_first_cell_mounts_the_drive_and_does_nothing_else():

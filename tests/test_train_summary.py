@@ -145,16 +145,16 @@ def stage():
             assert through.acquire(timeout=60)
             yield f"{value}{number}"
 
-    return Background(steps, shown.append), shown, through, begun
+    return Background(steps), shown, through, begun
 
 
 def test_steps_are_shown_one_after_the_other_and_no_thread_stays(stage):
     background, shown, through, _ = stage
-    background.give("a")
+    background.give("a", shown.append)
     through.release(2)
     background.finish()
     assert shown == ["a0", "a1"]
-    background.give("b")
+    background.give("b", shown.append)
     through.release(2)
     background.finish()
     assert shown == ["a0", "a1", "b0", "b1"]
@@ -162,13 +162,24 @@ def test_steps_are_shown_one_after_the_other_and_no_thread_stays(stage):
 
 def test_what_a_newer_value_overtakes_is_not_shown_and_of_several_the_last_counts(stage):
     background, shown, through, begun = stage
-    background.give("a")
+    background.give("a", shown.append)
     assert begun.acquire(timeout=60)
-    background.give("b")
-    background.give("c")
+    background.give("b", shown.append)
+    background.give("c", shown.append)
     through.release(3)
     background.finish()
     assert shown == ["c0", "c1"]
+
+
+def test_who_gave_the_last_value_is_shown_its_text_and_who_gave_it_before_no_more(stage):
+    background, shown, through, begun = stage
+    later = []
+    background.give("a", shown.append)
+    assert begun.acquire(timeout=60)
+    background.give("b", later.append)
+    through.release(3)
+    background.finish()
+    assert (shown, later) == ([], ["b0", "b1"])
 
 
 def test_without_a_value_there_is_nothing_to_wait_for(stage):
