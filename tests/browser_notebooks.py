@@ -134,7 +134,7 @@ class Lab:
     def set_and_made(self) -> dict[Path, bytes]:
         """What a person set, wrote and made: forms, captions, saved steps, and whole models outside of the run."""
         places = ["settings/*.yaml", "datasets/*/*.txt", "runs/*/checkpoints/**/*.safetensors"]
-        places += ["models/**/*.safetensors", "exports/*.safetensors"]
+        places += ["models/**/*.safetensors"]
         return {path: path.read_bytes() for place in places for path in self.workspace.glob(place)}
 
     def run(self) -> Path:
@@ -329,6 +329,9 @@ def test_a_training_goes_on_through_a_reload_of_the_page(opened, lab):
     steps = lab.steps()
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
     book.picture("4_watch", "dbkit.watch(")
+    # Who has this notebook alone has a file too.
+    (made,) = lab.workspace.glob("exports/*.safetensors")
+    assert str(made) in json.dumps(book.page.evaluate(OUTPUTS)) and load_file(made)
 
 
 def test_a_form_that_is_run_again_soon_after_a_change_is_drawn_whole(opened, lab):
@@ -438,7 +441,9 @@ def test_a_kill_at_any_cell_loses_nothing_that_was_set_or_made(opened, lab, name
         book.kill()
         after = lab.set_and_made()
         assert {path: after.get(path) for path in before} == before and log.read_bytes().startswith(lines)
+        # What is made anew is the old one or the new one.
         assert load_file(lab.run() / "model" / "unet" / "diffusion_pytorch_model.safetensors")
+        assert load_file(lab.workspace / "exports" / "mine.safetensors")
         shutil.copy(ROOT / "notebooks" / book.name, lab.notebooks)
         book = opened(name)
     book.page.close()
