@@ -18,8 +18,8 @@ def test_of_steps_that_are_nearly_as_good_the_earliest_is_taken():
     found = recommend(lines(subject_fidelity=LEARNT), STEPS)
     assert found.step == 200
     assert str(found) == (
-        "step 200 is recommended: it has 97% of what the best steps gained in likeness to the subject; what comes after "
-        "200 adds little"
+        "step 200 is recommended: it has 97% of what the best steps gained in likeness to the subject; what comes "
+        "after 200 adds little"
     )
     assert recommend(lines(subject_fidelity=[0.0, 0.3, 0.75, 0.78, 0.8, 0.8, 0.79]), STEPS).step == 300
 
