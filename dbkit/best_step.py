@@ -14,6 +14,8 @@ from dbkit.run_folder import finite
 SHARE, SHARE_OF_LOSS = 0.95, 0.9
 # Likeness, a cosine, that is no gain: by about so much the pictures of one model differ.
 _NOTHING = 0.05
+# What the next step has at least where a step is good, and not its picture alone lucky.
+_NEXT = 0.75
 # What is worth telling of what came later, as a share of what was gained.
 _NOTABLE = 0.1
 # Each figure that is measured, and how to read it.
@@ -45,32 +47,42 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
 
     A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
     photographs, the loss in likeness of the class's previews to them. The best is the highest mean of a step and those
-    beside it, since a single picture may be a lucky one. The earliest step that is worth SHARE of it is recommended.
-    Where previews were not judged, the gain is how far the loss at fixed noise fell, the loss how far that on class
-    images rose, and the share SHARE_OF_LOSS.
+    beside it, since a single picture may be a lucky one. The earliest step that is worth SHARE of it is recommended,
+    unless the next one is far below. Where previews were not judged, or later ones are of other prompts than those of
+    step 0, the gain is how far the loss at fixed noise fell, the loss how far that on class images rose, and the share
+    SHARE_OF_LOSS.
     """
     lines = {line["step"]: line for line in figures}
     base = lines.get(0, {})
-    gained, lost = _JUDGED if finite(base.get(_JUDGED[0][0])) else _UNJUDGED
-    usable = sorted(step for step in among if step and finite(lines.get(step, {}).get(gained[0])))
+    # Previews of other prompts than at step 0 say nothing beside those.
+    seen = [line.get("prompts") for line in lines.values() if finite(line.get(_JUDGED[0][0]))]
+    same = seen.count(base.get("prompts")) == len(seen)
+    gained, lost = _JUDGED if same and finite(base.get(_JUDGED[0][0])) else _UNJUDGED
+    measured = sorted(step for step in lines if step and finite(lines[step].get(gained[0])))
+    usable = [step for step in measured if step in set(among)]
     if not usable or not finite(base.get(gained[0])):
         return None
-    measured = sorted(step for step in lines if step and finite(lines[step].get(gained[0])))
     worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in measured}
     beside = {step: measured[max(0, place - 1) : place + 2] for place, step in enumerate(measured)}
     best = max(mean(worth[near] for near in beside[step]) for step in usable)
     most = max(usable, key=worth.__getitem__)
     judged = gained is _JUDGED[0]
     what = "likeness to the subject" if judged else "what the photographs teach (previews were not judged)"
-    if best <= (_NOTHING if judged else 0):
-        reason = f"it is the least bad: no step gained in {what} beyond what its class lost"
+    if not same:
+        what = what.replace("were not judged", "have other prompts than at step 0")
+    if best <= (_NOTHING if judged else 0) or worth[most] <= 0:
+        reason = f"it is the least bad: no step gained much in {what} beyond what its class lost"
         return Recommendation(most, f"{reason}; train longer or at a higher rate")
     enough = (SHARE if judged else SHARE_OF_LOSS) * best
-    step = next((step for step in usable if worth[step] >= enough), most)
+    # A lucky picture has no such neighbour.
+    step = next((s for s in usable if worth[s] >= enough and worth[beside[s][-1]] >= _NEXT * best), most)
     if judged and finite(base.get(lost[0])):
         what += ", less what the class took on of it"
     share = "all" if worth[step] >= best else f"{worth[step] / best:.0%}"
     reason = f"it has {share} of what the best steps gained in {what}"
+    later = [worth[number] for number in measured if number > step]
+    if later and max(later) > worth[step] + _NOTABLE * best:
+        return Recommendation(step, f"{reason}; later ones gained more")
     return Recommendation(step, f"{reason}; {_afterwards(lines, step, lost, best)}")
 
 

@@ -41,16 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Where the reader of a pipe has gone, as `head` goes, it ends without a word, and the status is 1.
     """
+    status = 1
     try:
+        status = _run(arguments)
+    finally:
         try:
-            return _run(arguments)
-        finally:
             if hasattr(sys.stdout, "flush"):
                 sys.stdout.flush()  # of a short text only this finds the pipe closed
-    except BrokenPipeError:
-        # The interpreter writes what is left when it ends, and would say that it cannot.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        except OSError as error:
+            # The interpreter writes what is left when it ends, and would say that it cannot.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                _say_mistake(f"{error}; not all that was printed is there")
+            raise SystemExit(status or 1) from None
+    return status
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -69,15 +73,24 @@ def _run(arguments: Sequence[str] | None) -> int:
     except DbkitError as error:
         _say_mistake(str(error))
         return 2
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 1
         _say_mistake(f"{error}; check this path and who may write there")
         return 2
     except KeyboardInterrupt as interrupt:
         if processes.is_main():
             print(f"dbkit: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 130
+
+
+def _nobody_reads() -> bool:
+    """Whether the pipe that is closed is that of stdout, and not one of the Drive's or of a process."""
+    try:
+        print(end="", flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _say_mistake(sentence: str) -> None:

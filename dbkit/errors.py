@@ -30,7 +30,10 @@ class Stopped(KeyboardInterrupt):
 
 def reason_of(error: BaseException) -> str:
     """What a library says of its error, in one line of at most 200 characters that ends with a word."""
-    return textwrap.shorten(str(error), 200, placeholder=" …") or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    # Of a first word that is longer itself, as a path may be, the standard library leaves nothing.
+    short = textwrap.shorten(text, 200, placeholder=" …")
+    return short if short.strip("… ") else f"{text[:199]}…"
 
 
 def counted(number: int, thing: str) -> str:

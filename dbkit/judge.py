@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
 from dbkit.errors import DbkitError
@@ -65,8 +65,8 @@ class Judge:
         except (DbkitError, OSError) as error:
             print(f"the figures of saved steps cannot be written: {error}; the next saved step tries again")
 
-    def _of_previews(self, step: int) -> dict[str, float]:
-        """The figures of the preview pictures, each a mean; none where there are no pictures or nobody to judge."""
+    def _of_previews(self, step: int) -> dict[str, Any]:
+        """The figures of the preview pictures, each a mean, and the prompts; none without pictures or judges."""
         shown = [(row, prompt, self._pictures(step, row, prompt)) for row, prompt in enumerate(self.plan.previews)]
         if self.blind or not all(path.is_file() for _, _, paths in shown for path in paths) or not self._load():
             return {}
@@ -84,7 +84,7 @@ class Judge:
                 for concept in self.plan.concepts:
                     text = without_identifier(text, concept.instance_prompt, concept.class_prompt)
                 found.setdefault("prompt_fidelity", []).append(float((clip(pictures) @ clip.texts([text]).T).mean()))
-        return {name: mean(values) for name, values in found.items()}
+        return {name: mean(values) for name, values in found.items()} | {"prompts": self.plan.previews}
 
     def _pictures(self, step: int, row: int, prompt: str) -> list[Path]:
         first, grid = self.config.test_seed, preview_of(self.run, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -169,7 +170,7 @@ def models_beside(missing: Path) -> list[str]:
     for run in missing.absolute().parents[:2]:
         # In a run's folder too, owner/name is an id of the Hub.
         if missing.parent.is_dir() and (run / "settings.yaml").is_file():
-            folders = [*sorted((run / "checkpoints").glob("step_*")), run / "model"]
+            folders = [*sorted((run / "checkpoints").glob("step_*[0-9]")), run / "model"]
             return [folder.relative_to(run).as_posix() for folder in folders if folder.is_dir()][::-1]
     return []
 
@@ -525,7 +526,16 @@ def read_weights(folder: Path, part: str) -> dict[str, torch.Tensor]:
 def vae_fingerprint(name: str | None) -> str | None:
     """What tells one VAE from another: for a folder a hash of its weights, else its id."""
     folder = vae_folder(name) if name else None
-    return "".join(sha256(path) for path in weight_files(folder)) if folder else name
+    if folder is None:
+        return name
+    files = [(path, path.stat()) for path in weight_files(folder)]
+    return "".join(_sha256_once(path, found.st_size, found.st_mtime_ns) for path, found in files)
+
+
+@functools.cache
+def _sha256_once(path: Path, size: int, changed: int) -> str:
+    """A form asks at each change, and a file on a Drive takes a while."""
+    return sha256(path)
 
 
 def fingerprint(name_or_path: str | Path, revision: str | None = None) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import processes, zero
 from dbkit.auto import choose_settings, has_8bit_adam, machine_of
+from dbkit.checkpoint import by_step
 from dbkit.concepts import concepts_of
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import training_images
@@ -152,7 +153,7 @@ def plan(config: TrainConfig) -> Plan:
     where = Where.of(config)
     for sentence in size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)):
         print(sentence)
-    return estimate(choose_settings(config, where.run, where.device, where.dtype), where)
+    return estimate(choose_settings(config, where.saved, where.device, where.dtype), where)
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,14 @@ class Where:
     home: Path
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def saved(self) -> Path:
+        """The folder that has what the run goes on from: on a new machine its home."""
+        with contextlib.suppress(OSError):
+            if not by_step(self.run / "resume") and by_step(self.home / "resume"):
+                return self.home
+        return self.run
 
     @classmethod
     def of(cls, config: TrainConfig) -> Where:

@@ -263,6 +263,11 @@ def _class_settings(config: TrainConfig, concept: Concept, sizes: list[Size]) ->
     ]
 
 
+def in_a_place(prompt: str) -> str:
+    """The same thing where photographs are rarely taken."""
+    return prompt if PLACE in prompt else f"{prompt.rstrip(' ,.;')} {PLACE}"
+
+
 def preview_prompts(config: TrainConfig, instance: list[Example], concepts: list[Concept]) -> list[str]:
     """What the previews show: the prompts that are asked for; or each subject, alone and in a place, and each class."""
     if config.test_prompts_file:
@@ -272,7 +277,7 @@ def preview_prompts(config: TrainConfig, instance: list[Example], concepts: list
     shown = []
     for concept, prompt in zip(concepts, first_prompts(instance, concepts)):
         # Where the photographs were not taken it shows whether the subject is learnt, and whether words still count.
-        shown += [prompt, f"{prompt} {PLACE}"] if prompt == concept.instance_prompt else [prompt]
+        shown += [prompt, in_a_place(prompt)] if prompt == concept.instance_prompt else [prompt]
     # The class prompt without the identifier is where an overdone training shows first.
     shown += [concept.class_prompt for concept in concepts if config.with_prior_preservation]
     return list(dict.fromkeys(shown))

@@ -18,7 +18,7 @@ from dbkit.models import LORA_BASE
 from dbkit.workspace import Workspace
 
 # Pictures of a step that are shown: one of each prompt, the first ones.
-_MOST_PROMPTS = 6
+_MOST_PROMPTS = 9
 # Moves through the steps of a grid; at its left end all are shown. Where a page runs no scripts, they are as well.
 _SLIDE = "const n=+this.value;[...this.parentNode.nextElementSibling.children].forEach((e,i)=>e.hidden=n&&i!=n-1)"
 

@@ -14,6 +14,7 @@ from dbkit.charts import chart, sparkline
 from dbkit.config import StatusConfig
 from dbkit.files import is_locked, size
 from dbkit.images import as_html
+from dbkit.models import LORA_BASE
 from dbkit.run_folder import Mirror, Place
 from dbkit.settings import configured_by
 
@@ -56,6 +57,19 @@ class RunStatus:
     def loss(self) -> float | None:
         """The mean of the last losses in the log."""
         return run_folder.recent_loss([loss for _, loss in self.losses])
+
+    @property
+    def best(self) -> Path | None:
+        """What to export: the folder of the recommended step, or the finished model; of a LoRA its file.
+
+        None where that is not whole.
+        """
+        saved = [saved for place in (self.place, self.home) for saved in place.usable]
+        wanted = self.recommended.step if self.recommended else max((s.step for s in saved), default=0)
+        folder = next((s.folder for s in reversed(saved) if s.step == wanted), None)
+        if folder and (folder / LORA_BASE).is_file():
+            return next(folder.glob("*.safetensors"), None)
+        return folder
 
     @property
     def seconds_left(self) -> float | None:
@@ -139,15 +153,11 @@ class RunStatus:
         if self.mirror:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
         if self.recommended:
-            yield "recommended", f"{self._recommended_folder()}: {self.recommended.reason}"
+            folders = [p.folder for p in (self.place, self.home) if self.best and self.best.is_relative_to(p.folder)]
+            where = f" in {self.best.relative_to(folders[0]).as_posix()}" if folders else ""
+            yield "recommended", f"step {self.recommended.step}{where}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)
-
-    def _recommended_folder(self) -> str:
-        """Which folder below the run is to be exported; without it where the step is not whole any more."""
-        step = self.recommended.step
-        found = [s.folder.relative_to(p.folder) for p in (self.place, self.home) for s in p.usable if s.step == step]
-        return f"step {step} in {found[0].as_posix()}" if found else f"step {step}"
 
     def _saved_rows(self, place: Place, where: str = "") -> Iterator[tuple[str, str]]:
         if place.unreadable:

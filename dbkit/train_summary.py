@@ -94,7 +94,7 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
     if config.auto_test_model:
         rows.append(("previews of", "\n".join(preview_prompts(config, examples, concepts))))
     yield rows
-    config, reasons = settings_and_reasons(config, where.run, where.device, where.dtype)
+    config, reasons = settings_and_reasons(config, where.saved, where.device, where.dtype)
     check_settings(config, where.run)
     order = make_order(config, concepts, examples)
     total = total_steps(config, order)
@@ -120,7 +120,7 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
 
 def _check_continues(config: TrainConfig, where: Where, instance: list[Example]) -> None:
     """Raise DbkitError if the folder holds a run of other settings or data, as train() does."""
-    states = by_step(where.run / "resume") or by_step(where.home / "resume")
+    states = by_step(where.saved / "resume")
     manifest = None if config.start_over or not states else read_manifest(states[max(states)])
     if manifest:
         # Whether its files are whole is looked at when training starts: on a Drive that takes minutes.

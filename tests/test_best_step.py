@@ -43,6 +43,26 @@ def test_prompts_that_count_less_later_are_said():
     assert found.reason.endswith("; after 200 pictures follow their prompts less")
 
 
+def test_a_lucky_picture_of_an_early_step_is_not_taken():
+    assert recommend(lines(subject_fidelity=[0.0, 0.3, 0.85, 0.4, 0.8, 0.8, 0.8]), STEPS).step == 400
+
+
+def test_where_a_better_step_is_not_saved_that_is_said():
+    assert str(recommend(lines(range(0, 400, 100), subject_fidelity=[0.0, 0.1, 0.3, 0.5]), [100, 200])).endswith(
+        "; later ones gained more"
+    )
+
+
+def test_previews_of_other_prompts_than_at_first_are_not_compared_with_those():
+    measured = lines(subject_fidelity=LEARNT, validation_loss=[0.2, 0.12, 0.105, 0.101, 0.1, 0.1, 0.1])
+    for line in measured[4:]:
+        line["prompts"] = ["photo of zwx dog in the snow"]
+    assert "(previews have other prompts than at step 0)" in recommend(measured, STEPS).reason
+    for line in measured[:4]:
+        line["prompts"] = ["photo of zwx dog in the snow"]
+    assert "previews" not in recommend(measured, STEPS).reason
+
+
 def test_only_steps_that_are_there_are_recommended():
     assert recommend(lines(subject_fidelity=LEARNT), [400, 600]).step == 400
     assert recommend(lines(subject_fidelity=[0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), STEPS).reason.endswith(

@@ -43,7 +43,7 @@ def judged(tmp_path_factory):
 def test_each_step_has_its_figures_and_step_0_those_of_the_base(judged):
     lines = read_log(judged / "figures.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4]
-    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak"}
+    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak", "prompts"}
     assert all(line.keys() == names for line in lines)
     assert lines[2]["validation_loss"] < lines[0]["validation_loss"]
 

@@ -8,7 +8,7 @@ import torch
 from conftest import draw_photo
 
 from dbkit import DbkitError, TrainConfig
-from dbkit.planning import make_plan
+from dbkit.planning import in_a_place, make_plan
 
 CPU = torch.device("cpu")
 # The buckets of the two kinds of photographs at 64 pixels.
@@ -47,6 +47,18 @@ def test_the_prompts_of_the_first_images_are_shown(settings, photos, capsys):
     said = capsys.readouterr().out
     assert "the first one's prompt: a crimson thing" in said
     assert "  gold.png: a gold thing" in said and "  teal.png: a teal thing" in said
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shown"),
+    [
+        ("photo of zwx dog", "photo of zwx dog in the snow"),
+        ("photo of zwx dog, ", "photo of zwx dog in the snow"),
+        ("zwx dog in the snow.", "zwx dog in the snow."),
+    ],
+)
+def test_a_place_is_added_to_a_prompt_that_has_none(prompt, shown):
+    assert in_a_place(prompt) == shown
 
 
 def test_a_prompt_and_a_text_are_combined_by_the_template(settings, photos):

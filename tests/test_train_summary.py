@@ -78,6 +78,14 @@ def test_a_run_that_these_settings_do_not_continue_is_said_before_it_is_trained(
     assert "to be changed" not in said and "resolution is 128, but this model draws pictures of 64 px" in said
 
 
+def test_on_a_new_machine_what_auto_chose_is_known_from_the_runs_home(config, settings, tmp_path):
+    given = {name: value for name, value in settings.items() if name != "train_batch_size"}
+    # What another machine chose.
+    train(**given | {"train_batch_size": 5, "max_train_steps": 1})
+    said = last(TrainConfig(**given, auto=True, local_dir=tmp_path / "new machine"))
+    assert "goes on with" in said and "train_batch_size 5" in said and "to be changed" not in said
+
+
 def test_what_would_make_it_fit_is_said_where_it_does_not(config, monkeypatch):
     large = replace(config, resolution=256, train_batch_size=8)
     free = estimate(large, Where.of(large), search=False).peak.total - psutil.Process().memory_info().rss
