@@ -152,7 +152,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
         raise DbkitError(f"the finished model in {run} has changed since it was written; the disk may be failing")
     prompts = first_prompts(plan.instance, plan.concepts)
     print(f"{total} of {total} steps are done; to see what was learnt, use the prompt: {', or: '.join(prompts)}")
-    if stop.made:  # too late for this training, and in time for what would come after it
+    if processes.any_of(stop.made):  # too late for this training, and in time for what would come after it
         raise Stopped(f"all {total} steps were done already; the model is in {made / 'model'}")
     on_main(upload_model, config, made, total, prompts)
     return made / "model"

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
     train(**config)
     assert [line["step"] for line in log_of(run)] == [1, 2, 3, 4] and not (run / "STOP").exists()
     assert_equal(state_of(run), state_of(straight.parent))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no way to send itself Ctrl-C alone")
+def test_a_stop_that_comes_too_late_for_the_training_stops_what_would_come_after_it(settings, monkeypatch):
+    train_module = importlib.import_module("dbkit.train")  # dbkit.train is the function
+    look = train_module._look
+
+    def look_while_someone_asks(*arguments):
+        if arguments[-1] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return look(*arguments)
+
+    monkeypatch.setattr(train_module, "_look", look_while_someone_asks)
+    with pytest.raises(KeyboardInterrupt, match="all 2 steps were done already; the model is in "):
+        train(**settings)
+    assert (settings["output_dir"] / "model" / "model_index.json").exists()
 
 
 def test_a_stop_file_that_comes_while_a_run_starts_stops_it_after_its_first_step(settings, monkeypatch):
