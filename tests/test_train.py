@@ -946,7 +946,7 @@ def test_prompts_that_the_model_reads_only_in_part_are_said(settings, capsys):
 def test_previews_show_the_prompts_that_were_asked_for(settings, prior, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red zwx\na blue zwx\n")
     choices = {
-        "photo of zwx thing, photo of a thing": prior,
+        "photo of zwx thing, photo of zwx thing in the snow, photo of a thing": prior,
         "my own": {"test_prompt": "my own"},
         "a red zwx, a blue zwx": {"test_prompt": "my own", "test_prompts_file": tmp_path / "prompts.txt"},
     }
