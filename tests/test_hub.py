@@ -277,7 +277,7 @@ def test_a_stop_during_the_upload_says_where_the_model_is(hub, python, finished)
         f"hub.upload_model(config, Path({str(run)!r}), 2, ['photo of zwx thing'])"
     )
     last = python("-c", code).stderr.strip().splitlines()[-1]
-    assert last == f"KeyboardInterrupt: the model is whole in {run / 'model'}; train again to upload it"
+    assert last == f"dbkit.errors.Stopped: the model is whole in {run / 'model'}; train again to upload it"
 
 
 # The whole command, and the token.
