@@ -209,6 +209,10 @@ class Notebook:
     def row(self, field: str) -> Locator:
         return self.page.locator(".widget-hbox").filter(has=self.page.locator(f"b:text-is('{field}')"))
 
+    def wait_for_row(self, source: str, title: str) -> None:
+        """A row of a form's summary, the cell scrolled to again and again: outputs above it move it out of sight."""
+        until(lambda: self.cell(source).locator(f"b:text-is('{title}')").is_visible(), f"{title} under the form")
+
     def fill(self, field: str, text: str) -> None:
         box = self.row(field).locator("input, textarea")
         box.fill(text)
@@ -339,8 +343,9 @@ def test_a_form_that_is_run_again_soon_after_a_change_is_drawn_whole(opened, lab
     mistakes = []
     book.page.on("console", lambda message: mistakes.append(message.text) if "not found" in message.text else None)
     book.run_to("settings = form(")
-    form = book.cell("settings = form(")
-    expect(form.locator("b:text-is('disk')")).to_be_visible()
+    form_cell = "settings = form("
+    form = book.cell(form_cell)
+    book.wait_for_row(form_cell, "disk")
     rows = book.page.locator(".jp-OutputArea-output .widget-hbox").count()
     steps = book.row("max_train_steps").locator("input").input_value()
     # So fast is a person: the fields' summary is worked on meanwhile.
@@ -354,7 +359,7 @@ def test_a_form_that_is_run_again_soon_after_a_change_is_drawn_whole(opened, lab
         before = book.page.evaluate(COUNT)
         book.page.keyboard.press("Control+Enter")
         book.page.wait_for_function(RAN_ONE, arg=[book.page.evaluate(PLACE_OF, "settings = form("), before])
-        expect(form.locator("b:text-is('disk')")).to_be_visible()
+        book.wait_for_row(form_cell, "disk")
         expect(form).not_to_contain_text("javascript error")
         expect(book.page.locator(".jp-OutputArea-output .widget-hbox")).to_have_count(rows)
         assert not mistakes and not book.errors()
