@@ -15,7 +15,7 @@ from dbkit.embedded import SAMPLE, data_templates
 from dbkit.errors import DbkitError
 from dbkit.images import list_images
 from dbkit.libraries import choose_device
-from dbkit.models import LORA_BASE, model_facts
+from dbkit.models import model_facts
 from dbkit.planning import in_a_place
 from dbkit.report import REPORT
 from dbkit.saved_models import SavedModel, saved_models
@@ -44,9 +44,7 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     if cls is PreviewConfig:
         return _for_preview(workspace)
     if cls is ConvertConfig and name == "export":
-        made = _finished_model(workspace, "*.json")
-        lora = next(made.glob("*.safetensors"), None) if made and (made / LORA_BASE).is_file() else None
-        model = lora or _finished_model(workspace) or _local_base(workspace)
+        model = _finished_model(workspace) or _lora_file(workspace) or _local_base(workspace)
         run = next((path.parent for path in (model, model.parent) if path.name == "model"), None)
         stem = run.name if run else model.name
         best = saved_models(workspace).best(run.name) if run else None
@@ -144,6 +142,11 @@ def _finished_model(workspace: Workspace, file: str = "model_index.json") -> Pat
     """The model of the run that ended last: a whole one, or with any .json of its own a LoRA too."""
     index = workspace.newest(f"runs/*/model/{file}")
     return index.parent if index else None
+
+
+def _lora_file(workspace: Workspace) -> Path | None:
+    """The file of the LoRA whose training ended last."""
+    return workspace.newest("runs/*/model/*.safetensors")
 
 
 def _base_model(workspace: Workspace) -> tuple[str, int]:

@@ -21,7 +21,6 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from safetensors.torch import load_file
-from test_notebooks import HELD_UP
 from tiny_tagger import save_tagger
 
 from dbkit.log import read_log
@@ -62,9 +61,6 @@ PLACE_OF = f"""text => {{ {NOTEBOOK}
     return sources.includes(text) ? sources.indexOf(text) : sources.findIndex(source => source.includes(text));
 }}"""
 # Code in the kernel that no cell has.
-BESIDE = f"""code => {{ {NOTEBOOK} const kernel = notebook.context.sessionContext.session.kernel;
-    return kernel.requestExecute({{code, silent: true, store_history: false}}).done.then(() => null);
-}}"""
 SCROLL = f"place => {{ {NOTEBOOK} return notebook.content.scrollToItem(place, 'start'); }}"
 
 
@@ -354,8 +350,6 @@ def test_a_form_that_is_run_again_soon_after_a_change_is_drawn_whole(opened, lab
         book.page.wait_for_timeout(pause)
         # A click beside the cell would leave the cursor in the field.
         form.locator(".jp-InputArea .cm-content").click()
-        # A busy machine, where what is said too fast is lost.
-        book.page.evaluate(BESIDE, HELD_UP)
         before = book.page.evaluate(COUNT)
         book.page.keyboard.press("Control+Enter")
         book.page.wait_for_function(RAN_ONE, arg=[book.page.evaluate(PLACE_OF, "settings = form("), before])
