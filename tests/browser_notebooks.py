@@ -60,7 +60,6 @@ PLACE_OF = f"""text => {{ {NOTEBOOK}
     const sources = cells.map(cell => cell.type === 'code' ? cell.sharedModel.source : '');
     return sources.includes(text) ? sources.indexOf(text) : sources.findIndex(source => source.includes(text));
 }}"""
-# Code in the kernel that no cell has.
 SCROLL = f"place => {{ {NOTEBOOK} return notebook.content.scrollToItem(place, 'start'); }}"
 
 

@@ -1,8 +1,9 @@
 """A run is watched from its files, in one place that is written over, until it ends or somebody has seen enough."""
 
-import _thread
 import contextlib
+import os
 import queue
+import signal
 import sys
 import threading
 
@@ -50,7 +51,7 @@ def test_it_waits_for_a_run_that_a_training_moves_aside_to_start_over(run, monke
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
 def test_an_interruption_ends_it_quietly(run, capsys):  # noqa: F811
     with at_work(run):
-        threading.Timer(0.5, _thread.interrupt_main).start()
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
         assert watch(run, every_seconds=60) is None
     assert "Traceback" not in capsys.readouterr().err
 
