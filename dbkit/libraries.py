@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dbkit.errors import DbkitError
+from dbkit.errors import DbkitError, reason_of
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,11 @@ def loading(name: str | Path) -> Iterator[None]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         where = "copy or convert it again" if Path(name).is_dir() else "check the id, the connection and the token"
         raise DbkitError(f"the model {name} cannot be loaded ({reason}); {where}") from error
+    except ImportError as error:
+        # Of transformers' versions some read pictures by torchvision alone.
+        raise DbkitError(
+            f"the model {name} cannot be loaded without a library that is not here ({reason_of(error)}); install it"
+        ) from error
 
 
 def hub_options(name: str, file: str = "model_index.json", revision: str | None = None) -> dict[str, bool]:

@@ -5,7 +5,7 @@ import torch
 
 from dbkit import DbkitError
 from dbkit.config import TrainConfig
-from dbkit.libraries import choose_device, choose_dtype, hub_options, quiet
+from dbkit.libraries import choose_device, choose_dtype, hub_options, loading, quiet
 from dbkit.memory import read_configs
 from dbkit.models import load_models
 from dbkit.tokenizer import model_tokenizer
@@ -82,3 +82,9 @@ def test_a_model_that_is_not_here_is_named_where_the_hub_may_not_be_asked(monkey
             "the model owner/name is not on this machine and Hugging Face cannot be reached (HF_HUB_OFFLINE is set); "
             "unset that, or give the folder of a model"
         )
+
+
+def test_a_library_that_a_model_needs_and_that_is_missing_is_said():
+    sentence = r"the model some/one .* not here \(it requires Torchvision\); install it"
+    with pytest.raises(DbkitError, match=sentence), loading("some/one"):
+        raise ImportError("\nit requires\nTorchvision")
