@@ -23,20 +23,26 @@ lint: $(READY)
 unit: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Run by nbval in order, in a workspace seeded with settings that end soon, so that a person and CI take one path.
-notebooks: $(READY)
+# By nbval in order, in a workspace seeded with settings that end soon, so that a person and CI take one path.
+define RUN_NOTEBOOKS
 	rm -rf $(WORKSPACE_OF_TESTS)
 	mkdir -p $(WORKSPACE_OF_TESTS)
 	cp -r tests/notebook_settings $(WORKSPACE_OF_TESTS)/settings
 	$(BIN)/python tests/tiny_tagger.py $(WORKSPACE_OF_TESTS)/models/tagger
 	DBKIT_WORKSPACE=$(abspath $(WORKSPACE_OF_TESTS)) $(BIN)/python -m pytest -x --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 300 notebooks
+endef
+
+notebooks: $(READY)
+	$(RUN_NOTEBOOKS)
 
 # In a folder before the others, so that the environment keeps its version 8.
-forms-on-colab: $(READY)  ## the widgets with the ipywidgets that Colab has
+forms-on-colab: export PYTHONPATH = $(abspath $(OF_COLAB))
+forms-on-colab: $(READY)  ## the widgets and the notebooks with the ipywidgets that Colab has
 	rm -rf $(OF_COLAB)
 	$(BIN)/python -m pip install -q --no-deps --target $(OF_COLAB) ipywidgets==7.7.1 ipython_genutils==0.2.0
-	PYTHONPATH=$(OF_COLAB) IPYWIDGETS=7.7.1 $(BIN)/python -m pytest -q tests/test_forms.py tests/test_editor.py
+	IPYWIDGETS=7.7.1 $(BIN)/python -m pytest -q tests/test_forms.py tests/test_editor.py
+	$(RUN_NOTEBOOKS)
 
 # Pictures of what was seen are left in .venv/browser. No part of `test`: not every machine has a browser.
 browser-test: $(READY)  ## the notebooks in JupyterLab, by Chromium: /usr/bin/chromium, or the one that DBKIT_CHROMIUM names
