@@ -1,7 +1,6 @@
 """A run is watched from its files, in one place that is written over, until it ends or somebody has seen enough."""
 
 import contextlib
-import os
 import queue
 import signal
 import sys
@@ -50,9 +49,15 @@ def test_it_waits_for_a_run_that_a_training_moves_aside_to_start_over(run, monke
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
 def test_an_interruption_ends_it_quietly(run, capsys):  # noqa: F811
-    with at_work(run):
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        assert watch(run, every_seconds=60) is None
+    # What a shell starts in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with at_work(run):
+            main_thread = threading.main_thread().ident
+            threading.Timer(0.5, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+            assert watch(run, every_seconds=60) is None
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "Traceback" not in capsys.readouterr().err
 
 
