@@ -59,7 +59,8 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     same = seen.count(base.get("prompts")) == len(seen)
     gained, lost = _JUDGED if same and finite(base.get(_JUDGED[0][0])) else _UNJUDGED
     measured = sorted(step for step in lines if step and finite(lines[step].get(gained[0])))
-    usable = [step for step in measured if step in set(among)]
+    saved = set(among)
+    usable = [step for step in measured if step in saved]
     if not usable or not finite(base.get(gained[0])):
         return None
     worth = {step: _gain(gained, base, lines[step]) - _loss(lost, base, lines[step]) for step in measured}
@@ -67,9 +68,8 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     best = max(mean(worth[near] for near in beside[step]) for step in usable)
     most = max(usable, key=worth.__getitem__)
     judged = gained is _JUDGED[0]
-    what = "likeness to the subject" if judged else "what the photographs teach (previews were not judged)"
-    if not same:
-        what = what.replace("were not judged", "have other prompts than at step 0")
+    why = "were not judged" if same else "have other prompts than at step 0"
+    what = "likeness to the subject" if judged else f"what the photographs teach (previews {why})"
     if best <= (_NOTHING if judged else 0) or worth[most] <= 0:
         reason = f"it is the least bad: no step gained much in {what} beyond what its class lost"
         return Recommendation(most, f"{reason}; train longer or at a higher rate")

@@ -153,8 +153,9 @@ class RunStatus:
         if self.mirror:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
         if self.recommended:
-            folders = [p.folder for p in (self.place, self.home) if self.best and self.best.is_relative_to(p.folder)]
-            where = f" in {self.best.relative_to(folders[0]).as_posix()}" if folders else ""
+            best = self.best
+            folders = [p.folder for p in (self.place, self.home) if best and best.is_relative_to(p.folder)]
+            where = f" in {best.relative_to(folders[0]).as_posix()}" if folders else ""
             yield "recommended", f"step {self.recommended.step}{where}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)
