@@ -32,8 +32,9 @@ from dbkit.files import (
 from dbkit.hub import require_hub, upload_files
 from dbkit.layouts import to_original
 from dbkit.libraries import quiet
+from dbkit.lora import lora_file
 from dbkit.lora_files import convert_lora
-from dbkit.models import WEIGHTS, Models, precision_dtype, require_replaceable, save_all_but_weights
+from dbkit.models import LORA_BASE, WEIGHTS, Models, precision_dtype, require_replaceable, save_all_but_weights
 from dbkit.original_config import config_beside, original_config, read_prediction_type, require_replaceable_config
 from dbkit.proof import prove, table
 from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
@@ -62,7 +63,8 @@ _FILES = (SAFETENSORS, ".ckpt")
 @configured_by(ConvertConfig)
 def convert(config: ConvertConfig) -> Path:
     """Turn an original Stable Diffusion file into a diffusers folder, a folder into a file, or a LoRA file into the
-    other of its two forms (kohya's and diffusers' names); returns what was made.
+    other of its two forms (kohya's and diffusers' names); returns what was made. Of a run's LoRA folder it is a file
+    under the names that user interfaces read.
 
     The direction follows from the source, which is downloaded where it is elsewhere. Before what was written takes its
     final name it is read back, by the libraries' own readers and by dbkit's, and compared with the source: tensor by
@@ -70,6 +72,10 @@ def convert(config: ConvertConfig) -> Path:
     """
     place = find(config.source, _FILES)
     config = replace(config, destination=_reached(config.destination))
+    if isinstance(place, Path) and (place / LORA_BASE).is_file():
+        config = replace(config, source=lora_file(place))
+        _require_hands(config)
+        return _handed_out(config, convert_lora(config, of_run=True))
     if is_folder(place):
         return _to_file(config, place)
     to_file = config.destination.suffix.lower() == SAFETENSORS and not str(place).lower().endswith(".ckpt")

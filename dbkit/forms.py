@@ -34,21 +34,25 @@ _DENSE = "line-height:1.4;padding:4px 0 0 8px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
-def form(cls: type[Config], workspace: Workspace, name: str | None = None) -> Form[Config]:
-    """A form for one settings class. name is that of its file in settings/, for instance train or export."""
-    return Form(cls, workspace, name or cls.__name__.removesuffix("Config").lower())
+def form(cls: type[Config], workspace: Workspace, name: str | None = None, run: Path | None = None) -> Form[Config]:
+    """A form for one settings class. name is that of its file in settings/, for instance train or export.
+
+    run is the folder of the run whose model is suggested, if not the newest of the workspace.
+    """
+    return Form(cls, workspace, name or cls.__name__.removesuffix("Config").lower(), run)
 
 
 class Form(widgets.VBox, Generic[Config]):
     """Show it as the last line of a cell, then pass read() to the function."""
 
-    def __init__(self, cls: type[Config], workspace: Workspace, name: str) -> None:
+    def __init__(self, cls: type[Config], workspace: Workspace, name: str, run: Path | None = None) -> None:
         self._cls, self._workspace, self._file = cls, workspace, workspace.settings_file(name)
         # What is typed here is kept in the workspace, so a secret has no field.
         self._fields = [field for field in dataclasses.fields(cls) if not field.metadata.get("secret")]
         names = [field.name for field in self._fields]
         self._chosen = {key: value for key, value in self._kept().items() if key in names}
-        suggested = {key: value for key, value in suggest(cls, workspace, name).items() if key not in self._chosen}
+        found = suggest(cls, workspace, name, run)
+        suggested = {key: value for key, value in found.items() if key not in self._chosen}
         self._offered = choices(cls, workspace, name)
         self._left = [field.name for field in self._fields if field.metadata.get("auto")]
         if self._chosen.get("auto", suggested.get("auto")):
@@ -76,7 +80,11 @@ class Form(widgets.VBox, Generic[Config]):
         if self._left:
             self._inputs["auto"].observe(lambda change: self._say_left(), "value")
             self._say_left()
-        super().__init__([*_note(suggested), *sections, self._message, self._summary])
+        # What a training is made of goes together: once something of it is changed, the rest stays as it stands.
+        shown = issubclass(cls, TrainConfig) and {key for key, value in suggested.items() if value is not None}
+        self._together = set(self._inputs) & (shown or set())
+        # Above and below, since a form is longer than a screen.
+        super().__init__([*self._news(found), self._message, *sections, self._message, self._summary])
         self._check()
 
     def read(self) -> Config:
@@ -136,7 +144,7 @@ class Form(widgets.VBox, Generic[Config]):
             look = (widgets.Textarea, {"placeholder": "one on each line", "continuous_update": False})
         else:
             # A Combobox is a Text that offers something.
-            empty = "required" if field.default is dataclasses.MISSING else "empty"
+            empty = self._empty(field)
             offered = self._offered.get(field.name, [])
             look = (widgets.Combobox, {"placeholder": empty, "continuous_update": False, "options": offered})
         for_name, for_box, for_note = self._layouts
@@ -172,7 +180,7 @@ class Form(widgets.VBox, Generic[Config]):
     def _changed(self, name: str) -> None:
         import yaml
 
-        self._chosen[name] = self._value(name)
+        self._chosen = {**{key: self._value(key) for key in self._together}, **self._chosen, name: self._value(name)}
         # The query of an address may be a token.
         kept = {name: value for name, value in self._chosen.items() if not _QUERY.match(str(value))}
         write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
@@ -184,11 +192,33 @@ class Form(widgets.VBox, Generic[Config]):
             return [line.strip() for line in box.value.splitlines() if line.strip()]
         return box.value if isinstance(box, widgets.Checkbox) else box.value.strip() or None
 
+    @staticmethod
+    def _empty(field: dataclasses.Field) -> str:
+        """What stands in a field that is left empty: what that means."""
+        if field.default is dataclasses.MISSING:
+            return "required"
+        return "empty" if field.default in (None, "") else str(field.default)
+
     def _say_left(self) -> None:
         """What an empty field means, where auto may choose."""
-        for name in self._left:
-            if isinstance(self._inputs[name], widgets.Text):
-                self._inputs[name].placeholder = "auto" if self._inputs["auto"].value else "empty"
+        for field in self._fields:
+            if field.name in self._left and isinstance(self._inputs[field.name], widgets.Text):
+                self._inputs[field.name].placeholder = "auto" if self._inputs["auto"].value else self._empty(field)
+
+    def _news(self, found: dict[str, Any]) -> list[widgets.Widget]:
+        """Says so where the model is the embedded one, and what is suggested by now beside what was filled in."""
+        names, lines = ("pretrained_model_name_or_path", "instance_data_dir"), []
+        if names[0] in self._inputs and embedded.is_embedded(self._value(names[0]) or ""):
+            lines.append(
+                "The model here is dbkit's own small one, which needs no GPU and draws "
+                f"{embedded.RESOLUTION} px pictures."
+            )
+        samples = {embedded.NAME, str(embedded.data_templates() / embedded.SAMPLE)}
+        newer = {name: str(self._relative(found[name])) for name in names if name in found and name in self._chosen}
+        newer = [f"{name} {value}" for name, value in newer.items() if value not in {self._value(name), *samples}]
+        if newer:
+            lines.append(f"The workspace has something newer: {', '.join(newer)}. Fill in what you want to train.")
+        return [widgets.HTML("<br>".join(html.escape(line, quote=False) for line in lines))] if lines else []
 
     def _check(self) -> None:
         """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect."""
@@ -212,10 +242,16 @@ class Form(widgets.VBox, Generic[Config]):
             config = self._read()
             self._message.value = ""
         except DbkitError as error:
-            config, self._message.value = None, red(str(error))
+            config, self._message.value = None, red(str(error)) + self._folded(str(error))
         if issubclass(self._cls, TrainConfig):
             _let_out()
-            self._background.give(config, lambda text: setattr(self._summary, "value", text))
+            self._background.give(config, lambda text: setattr(self._summary, "value", text + self._folded(text)))
+
+    def _folded(self, text: str) -> str:
+        """Where the settings are that a text names and that are folded away."""
+        words = set(re.findall(r"\w+", text))
+        found = {more.description: words & names for more, names in self._folds if not more.value and words & names}
+        return "".join(f"<br>Under <i>{more}</i>: {', '.join(sorted(names))}" for more, names in found.items())
 
 
 @functools.cache
@@ -244,19 +280,6 @@ def _help(field: dataclasses.Field, fault: str = "") -> str:
 def red(text: str) -> str:
     """A sentence that says what is wrong, as HTML that can be read on light and dark."""
     return f"<span style='color:crimson'>{html.escape(text).replace(chr(10), '<br>')}</span>"
-
-
-def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:
-    """Says so where the form suggests the embedded model."""
-    base = suggested.get("pretrained_model_name_or_path")
-    if not base or not embedded.is_embedded(base):
-        return []
-    return [
-        widgets.HTML(
-            "The model suggested here is dbkit's own small one, which needs no GPU and draws "
-            f"{embedded.RESOLUTION} px pictures."
-        )
-    ]
 
 
 def _shown(value: Any, kind: type[widgets.Widget]) -> Any:

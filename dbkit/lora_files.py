@@ -235,11 +235,11 @@ def kohya_tensors(adapters: dict[str, Adapter]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def convert_lora(config: ConvertConfig) -> Path:
+def convert_lora(config: ConvertConfig, of_run: bool = False) -> Path:
     """Write a LoRA file under diffusers' names if its own are kohya's, else under kohya's; returns the new file.
 
-    It is read back and compared adapter by adapter before it takes its name. Raises DbkitError for layers that Stable
-    Diffusion 1 and 2 do not have.
+    With of_run, for the file that a run left, they are kohya's in any case. It is read back and compared adapter by
+    adapter before it takes its name. Raises DbkitError for layers that Stable Diffusion 1 and 2 do not have.
     """
     source, destination = Path(config.source), config.destination
     if useless := [name for name in _OF_MODELS if getattr(config, name)]:
@@ -253,14 +253,14 @@ def convert_lora(config: ConvertConfig) -> Path:
             "these, under kohya's names or diffusers'"
         )
     kept = {key: value for key, value in metadata.items() if key not in _OF_BYTES}
-    if any(name.startswith(tuple(PREFIXES.values())) for name in tensors):
+    if not of_run and any(name.startswith(tuple(PREFIXES.values())) for name in tensors):
         names, made, noted = "diffusers'", _diffusers_tensors(adapters), {"format": "pt", **kept, **_note(adapters)}
     else:
         names, made, noted = "kohya's", kohya_tensors(adapters), {**_kohya_metadata(adapters, kept, config), **kept}
     with whole_file(destination, alone=True) as partial:
         write_lora(made, adapters, partial, config.save_precision, noted)
     other = f"; user interfaces load {source} as it is" if names == "diffusers'" else ""
-    print(f"{counted(len(adapters), 'layer')}, now under {names} names, read back and equal{other}")
+    print(f"{counted(len(adapters), 'layer')} under {names} names, read back and equal{other}")
     return destination
 
 

@@ -14,8 +14,7 @@ from dbkit.charts import chart, sparkline
 from dbkit.config import StatusConfig
 from dbkit.files import is_locked, size
 from dbkit.images import as_html
-from dbkit.models import LORA_BASE
-from dbkit.run_folder import Mirror, Place
+from dbkit.run_folder import Mirror, Place, Saved
 from dbkit.settings import configured_by
 
 
@@ -59,17 +58,11 @@ class RunStatus:
         return run_folder.recent_loss([loss for _, loss in self.losses])
 
     @property
-    def best(self) -> Path | None:
-        """What to export: the folder of the recommended step, or the finished model; of a LoRA its file.
-
-        None where that is not whole.
-        """
+    def best(self) -> Saved | None:
+        """What to export: the recommended step, or the last one that is saved; None where nothing is whole."""
         saved = [saved for place in (self.place, self.home) for saved in place.usable]
         wanted = self.recommended.step if self.recommended else max((s.step for s in saved), default=0)
-        folder = next((s.folder for s in reversed(saved) if s.step == wanted), None)
-        if folder and (folder / LORA_BASE).is_file():
-            return next(folder.glob("*.safetensors"), None)
-        return folder
+        return next((s for s in reversed(saved) if s.step == wanted), None)
 
     @property
     def seconds_left(self) -> float | None:
@@ -154,8 +147,8 @@ class RunStatus:
             yield from _mirror_rows(self.mirror, elsewhere=self.local is None)
         if self.recommended:
             best = self.best
-            folders = [p.folder for p in (self.place, self.home) if best and best.is_relative_to(p.folder)]
-            where = f" in {best.relative_to(folders[0]).as_posix()}" if folders else ""
+            folders = [p.folder for p in (self.place, self.home) if best and best.folder.is_relative_to(p.folder)]
+            where = f" in {best.folder.relative_to(folders[0]).as_posix()}" if folders else ""
             yield "recommended", f"step {self.recommended.step}{where}: {self.recommended.reason}"
         if self.newest_preview:
             yield "newest preview", str(self.newest_preview)

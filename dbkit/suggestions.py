@@ -18,8 +18,10 @@ from dbkit.libraries import choose_device
 from dbkit.models import model_facts
 from dbkit.planning import in_a_place
 from dbkit.report import REPORT
-from dbkit.saved_models import SavedModel, saved_models
+from dbkit.run_folder import FIGURES, read_lines, run_settings
+from dbkit.saved_models import saved_models
 from dbkit.settings import Settings, read_yaml
+from dbkit.status import status
 from dbkit.workspace import Workspace
 
 # What the notebooks convert to be tried with: never the base of real work.
@@ -28,11 +30,12 @@ _CONVERTED_SAMPLE = "sample-diffusers"
 BASE_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
-def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, Any]:
-    """Values for some of the settings of a form. Paths in the workspace are relative to it.
+def suggest(cls: type[Settings], workspace: Workspace, name: str, run: Path | None = None) -> dict[str, Any]:
+    """Values for some of the settings of a form.
 
     Without photographs the sample subject is suggested, without a model and a GPU the embedded one, so that every
-    notebook runs from an empty workspace. name tells the two forms of one class apart: convert and export.
+    notebook runs from an empty workspace. name tells the two forms of one class apart: convert and export. run is the
+    one whose model is looked at or exported, if not the newest of the workspace.
     """
     if cls is PrepareConfig:
         return _for_prepare(workspace)
@@ -42,20 +45,9 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     if cls is TrainConfig:
         return _for_train(workspace)
     if cls is PreviewConfig:
-        return _for_preview(workspace)
+        return _for_preview(workspace, run or _newest_run(workspace))
     if cls is ConvertConfig and name == "export":
-        model = _finished_model(workspace) or _lora_file(workspace) or _local_base(workspace)
-        run = next((path.parent for path in (model, model.parent) if path.name == "model"), None)
-        stem = run.name if run else model.name
-        best = saved_models(workspace).best(run.name) if run else None
-        if best and best.folder != run / "model":
-            model, stem = _to_convert(best), f"{stem}-{best.step}"
-        return {
-            "source": model,
-            "destination": Path("exports") / f"{stem}.safetensors",
-            "save_precision": "fp16",
-            "overwrite": True,
-        }
+        return _for_export(workspace, run or _newest_run(workspace))
     if cls is ConvertConfig:
         source = (
             workspace.newest("models/*.safetensors") or workspace.newest("models/*.ckpt") or _sample_file(workspace)
@@ -64,30 +56,42 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, A
     return {}
 
 
+def export_of(workspace: Workspace, run: Path) -> ConvertConfig:
+    """What makes a file for user interfaces of a run's recommended step, or of its last one if none is recommended.
+
+    Raises DbkitError where the run has nothing whole to export.
+    """
+    if status(run).best is None:
+        raise DbkitError(f"{run} has no whole checkpoint and no finished model to export; run the training again")
+    return workspace.anchor(ConvertConfig.from_dict(_for_export(workspace, run)))
+
+
 def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, list[str]]:
-    """What a form offers for some of its fields, beside what one may type: the models that runs have saved."""
+    """What a form offers for some of its fields, beside what one may type: pictures, models, what runs have saved."""
+
+    def inside(*patterns: str) -> list[str]:
+        found = (path for pattern in patterns for path in sorted(workspace.path.glob(pattern)))
+        return [path.relative_to(workspace.path).as_posix() for path in found if not path.name.startswith(".")]
+
+    if cls is PrepareConfig:
+        return {"source": inside("photos/*/", "photos/*.zip")}
+    if cls is TrainConfig:
+        models = [*inside("models/*/"), BASE_MODEL, embedded.NAME]
+        return {"pretrained_model_name_or_path": models, "instance_data_dir": inside("datasets/*/", "photos/*/")}
     field = {ConvertConfig: "source", PreviewConfig: "model", EvaluateConfig: "model"}.get(cls)
     if not field or name == "convert":
         return {}
     saved = saved_models(workspace)
     # Those that are recommended come first, of the newest run before all.
     models = sorted(saved.models, key=lambda model: saved.best(model.run) != model)
-    folders = [_to_convert(model) if cls is ConvertConfig else model.folder for model in models]
-    return {field: [folder.relative_to(workspace.path).as_posix() for folder in folders]}
-
-
-def _to_convert(model: SavedModel) -> Path:
-    """What is converted of a model: of a LoRA its file, though its folder is sampled."""
-    return next(model.folder.glob("*.safetensors"), model.folder) if model.is_lora else model.folder
+    return {field: [model.folder.relative_to(workspace.path).as_posix() for model in models]}
 
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:
-    photos = workspace.path / "photos"
-    newest = workspace.newest("photos/*/") or workspace.newest("photos/*.zip")
-    source = photos if list_images(photos) else newest or data_templates() / SAMPLE
+    source = _photos(workspace) or workspace.newest("photos/*.zip") or data_templates() / SAMPLE
     return {
         "source": source,
-        "destination": Path("datasets") / source.stem,
+        "destination": Path("datasets") / (source.name if source.is_dir() else source.stem),
         "resolution": _base_model(workspace)[1],
         "pretrained_model_name_or_path": _base_model(workspace)[0],
     }
@@ -98,10 +102,11 @@ def _for_train(workspace: Workspace) -> dict[str, Any]:
     dataset = _dataset(workspace)
     values: dict[str, Any] = {"pretrained_model_name_or_path": base, "resolution": resolution, "auto": True}
     values |= {"instance_data_dir": dataset, "output_dir": Path("runs") / dataset.name}
+    values["use_txt_as_label"] = False
     if dataset.name == SAMPLE:
         sample = read_yaml(data_templates() / "train_object.yaml")
         values |= {name: value for name, value in sample.items() if name != "instance_data_dir"}
-    elif all(read_caption(path) for path in list_images(dataset)):
+    elif (images := list_images(dataset)) and all(read_caption(path) for path in images):
         values["use_txt_as_label"] = True
     if embedded.is_embedded(base):
         values |= {**embedded.TRAINING, "save_model_every_n_steps": embedded.TRAINING["max_train_steps"] // 2}
@@ -111,42 +116,57 @@ def _for_train(workspace: Workspace) -> dict[str, Any]:
 def _dataset(workspace: Workspace) -> Path:
     """The images that were prepared last, or photographs, or the sample subject."""
     report = workspace.newest(f"datasets/*/{REPORT}")
-    return report.parent if report else workspace.newest("photos/*/") or data_templates() / SAMPLE
+    return report.parent if report else _photos(workspace) or data_templates() / SAMPLE
 
 
-def _for_preview(workspace: Workspace) -> dict[str, Any]:
-    model = _finished_model(workspace, "*.json")
-    if model is None:
+def _photos(workspace: Workspace) -> Path | None:
+    """Photographs that lie in photos/ itself, or its newest folder."""
+    photos = workspace.path / "photos"
+    return photos if list_images(photos) else workspace.newest("photos/*/")
+
+
+def _newest_run(workspace: Workspace) -> Path | None:
+    """The run that was worked on last of those that have saved a model."""
+    return next((workspace.path / "runs" / model.run for model in saved_models(workspace).models), None)
+
+
+def _for_export(workspace: Workspace, run: Path | None) -> dict[str, Any]:
+    best = status(run).best if run else None
+    model = best.folder if best else _local_base(workspace)
+    name = f"{run.name}-{best.step}" if best else model.name
+    return {
+        "source": model,
+        "destination": Path("exports") / f"{name}.safetensors",
+        "save_precision": "fp16",
+        "overwrite": True,
+    }
+
+
+def _for_preview(workspace: Workspace, run: Path | None) -> dict[str, Any]:
+    best = status(run).best if run else None
+    if best is None:
         base = _local_base(workspace)
         return {"model": base, "prompt": ["photo of a dog"], "output": "preview.png", **_guidance(base, {})}
-    settings = model.parent / "settings.yaml"
-    run = read_yaml(settings) if settings.exists() else {}
-    instance = run.get("instance_prompt")
-    prompts = [instance, instance and in_a_place(instance), run.get("test_prompt"), run.get("class_prompt")]
-    prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt))
-    if run.get("use_txt_as_label"):
-        data = Path(run.get("instance_data_dir", ""))
-        images = list_images(data) if data.is_dir() else []
-        prompts = [read_caption(path) or "" for path in images[:1]] + prompts
-    best = saved_models(workspace).best(model.parent.name)
-    shown = best.folder if best else model
-    return {"model": shown, "prompt": prompts, "output": model.parent / "preview.png", **_guidance(model, run)}
+    settings = run_settings(best.folder)
+    shown = {"model": best.folder, "prompt": _prompts(run, settings), "output": run / "preview.png"}
+    return {**shown, **_guidance(settings.get("pretrained_model_name_or_path") or best.folder, settings)}
 
 
-def _guidance(model: Path, run: dict[str, Any]) -> dict[str, Any]:
+def _prompts(run: Path, settings: dict[str, Any]) -> list[str]:
+    """What a run's previews showed; of a run without previews what its settings or its captions name."""
+    measured = [line["prompts"] for line in read_lines(run, FIGURES) if line.get("prompts")]
+    instance = settings.get("instance_prompt")
+    prompts = measured[-1] if measured else [instance, instance and in_a_place(instance), settings.get("class_prompt")]
+    data = Path(settings.get("instance_data_dir") or run / "none")
+    images = list_images(data)[:1] if data.is_dir() else []
+    captions = [image.stem if settings.get("use_filename_as_label") else read_caption(image) for image in images]
+    # In a form each line is a prompt.
+    return list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts if prompt)) or list(filter(None, captions))
+
+
+def _guidance(model: str | Path, run: dict[str, Any]) -> dict[str, Any]:
     suited = run.get("guidance_scale") or (embedded.GUIDANCE_SCALE if embedded.is_embedded(model) else None)
     return {"guidance_scale": [suited]} if suited else {}
-
-
-def _finished_model(workspace: Workspace, file: str = "model_index.json") -> Path | None:
-    """The model of the run that ended last: a whole one, or with any .json of its own a LoRA too."""
-    index = workspace.newest(f"runs/*/model/{file}")
-    return index.parent if index else None
-
-
-def _lora_file(workspace: Workspace) -> Path | None:
-    """The file of the LoRA whose training ended last."""
-    return workspace.newest("runs/*/model/*.safetensors")
 
 
 def _base_model(workspace: Workspace) -> tuple[str, int]:

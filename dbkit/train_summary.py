@@ -25,6 +25,7 @@ from dbkit.train_config import TrainConfig
 Value = TypeVar("Value")
 # The name of the thread.
 BACKGROUND = "summary of a form"
+_WRONG = "to be changed"
 # Each change of the form looks at the pictures again, so of many it does not.
 MOST_PICTURES = 200
 
@@ -78,7 +79,7 @@ def summarize(config: TrainConfig | None) -> Generator[str, None, None]:
             rows += found
             yield _table(rows) + "<p>…</p>"
     except DbkitError as error:
-        rows.append(("to be changed", str(error)))
+        rows.append((_WRONG, str(error)))
     except Exception as error:  # nobody would see it: a cell that shows a thread's mistakes may be any
         rows.append(("not known", f"{type(error).__name__}: {error}"))
     finally:
@@ -139,9 +140,13 @@ def _table(rows: list[tuple[str, str]]) -> str:
     cells = (
         "<tr style='vertical-align:top'><td style='padding-right:1em;white-space:nowrap'><b>{}</b></td><td>{}</td></tr>"
     )
-    filled = "".join(cells.format(_lines(title), _lines(text)) for title, text in rows)
+    filled = "".join(cells.format(_lines(title), _cell(title, text)) for title, text in rows)
     heading = "<h3 style='margin:12px 0 4px'>What this comes to</h3>"
     return f"{heading}<table style='line-height:1.4;text-align:left'>{filled}</table>"
+
+
+def _cell(title: str, text: str) -> str:
+    return f"<span style='color:crimson'>{_lines(text)}</span>" if title == _WRONG else _lines(text)
 
 
 def _lines(text: str) -> str:

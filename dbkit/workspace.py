@@ -62,20 +62,28 @@ class Workspace:
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
     def anchor(self, config: Config) -> Config:
-        """The same settings with relative paths taken from the workspace instead of the current folder."""
+        """The same settings with relative paths taken from the workspace instead of the current folder.
+
+        Where they begin with the workspace's own name, as a page that shows the folder above has them, from there.
+        """
         changes = {}
         for field in dataclasses.fields(config):
             value = getattr(config, field.name)
             if is_path(field_type(type(config), field.name)) and value not in (None, Path(embedded.NAME)):
-                changes[field.name] = self.path / value
+                changes[field.name] = self._inside(value)
         for name in _MAY_BE_PATHS:
             value = getattr(config, name, None)
             if not isinstance(value, str) or value in ("", embedded.NAME) or "://" in value:
                 continue
             # Not Path.exists(), which raises where a name is longer than a file's can be.
-            if os.path.exists(self.path / value):  # noqa: PTH110
-                changes[name] = str(self.path / value)
+            if os.path.exists(self._inside(value)):  # noqa: PTH110
+                changes[name] = str(self._inside(value))
         return dataclasses.replace(config, **changes)
+
+    def _inside(self, path: str | Path) -> Path:
+        name = self.path.name
+        twice = Path(path).parts[:1] == (name,) and not (self.path / name).exists()
+        return (self.path.parent if twice else self.path) / path
 
     def __str__(self) -> str:
         lines = [f"workspace: {self.path} ({size(shutil.disk_usage(self.path).free)} free)"]

@@ -8,6 +8,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from dbkit import ConvertConfig, PreviewConfig, convert, open_workspace, saved_models, train
 from dbkit.forms import form
@@ -103,27 +105,23 @@ def test_the_newest_run_comes_first_and_an_empty_workspace_says_so(workspace, se
     assert "There is no finished model" in saved_models(open_workspace(tmp_path / "empty"))._repr_html_()
 
 
-def test_a_lora_is_named_and_offered_where_it_can_be_used(workspace, settings):
+def test_a_lora_is_offered_like_any_model_and_exported_under_the_names_that_user_interfaces_read(
+    workspace, settings, capsys
+):
     train(**{**settings, "output_dir": workspace.path / "runs" / "small", "adapter": "lora"})
 
     assert [m.run for m in saved_models(workspace).models if m.is_lora] == ["small"]
-    assert "runs/small/model" in form(PreviewConfig, workspace)._inputs["model"].options
-    export = form(ConvertConfig, workspace, "export")._inputs["source"]
-    file = next((workspace.path / "runs" / "small" / "model").glob("*.safetensors")).name
-    whole = ("runs/thing/checkpoints/step_000001", "runs/thing/model")
-    assert set(export.options) == {*whole, f"runs/small/model/{file}"}
-    assert export.value == "runs/thing/model"
+    models = ["runs/small/model", "runs/thing/checkpoints/step_000001", "runs/thing/model"]
+    assert set(form(PreviewConfig, workspace)._inputs["model"].options) == set(models)
+    export = form(ConvertConfig, workspace, "export")
+    assert set(export._inputs["source"].options) == set(models) and export._inputs["source"].value == models[0]
     assert not form(ConvertConfig, workspace, "convert")._inputs["source"].options
 
-
-def test_a_workspace_with_a_lora_alone_exports_the_lora(settings, capsys):
-    opened = open_workspace()
-    train(**{**settings, "output_dir": opened.path / "runs" / "small", "adapter": "lora"})
-    chosen = form(ConvertConfig, opened, "export").read()
-    assert Path(chosen.source).parent == opened.path / "runs" / "small" / "model"
     capsys.readouterr()
-    made = convert(chosen)
-    assert made == opened.path / "exports" / "small.safetensors" and read_lora(made)
-    assert f"now under diffusers' names, read back and equal; user interfaces load {chosen.source} as it is" in (
-        capsys.readouterr().out
-    )
+    made = convert(export.read())
+    assert made == workspace.path / "exports" / "small-2.safetensors"
+    assert "layers under kohya's names, read back and equal\n" in capsys.readouterr().out
+    (file,) = (workspace.path / "runs" / "small" / "model").glob("*.safetensors")
+    one, other = read_lora(made), read_lora(file)
+    assert one.keys() == other.keys() and all(name.startswith("lora_") for name in load_file(made))
+    assert all(torch.equal(one[name].up, other[name].up.half()) for name in one)

@@ -63,7 +63,10 @@ def test_what_auto_chooses_is_said_with_its_reason(settings):
 def test_a_mistake_is_the_last_row(config, photos, tmp_path):
     (photos / "teal.png").write_bytes(b"torn")
     said = last(config)
-    assert "2 samples" in said and "<b>to be changed</b></td><td>1 of 3 images are not usable: " in said
+    assert (
+        "2 samples" in said
+        and "<b>to be changed</b></td><td><span style='color:crimson'>1 of 3 images are not usable: " in said
+    )
     said = last(replace(config, instance_data_dir=tmp_path / "nowhere"))
     assert "is not a folder; check the path" in said
 
