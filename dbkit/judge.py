@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 # Photographs that previews are compared with; more would cost time and hardly move a mean.
 _MOST_PHOTOGRAPHS = 16
+# Settings that decide the previews and may change in a run. All that the losses depend on is fixed, but for the
+# arithmetic, which moves either little.
+_OF_PREVIEWS = ("test_seed", "test_num_per_prompt", "test_negative_prompt", "guidance_scale")
 
 
 class Judge:
@@ -66,7 +69,7 @@ class Judge:
             print(f"the figures of saved steps cannot be written: {error}; the next saved step tries again")
 
     def _of_previews(self, step: int) -> dict[str, Any]:
-        """The figures of the preview pictures, each a mean, and the prompts; none without pictures or judges."""
+        """The figures of the preview pictures, each a mean, and what decides them; none without pictures or judges."""
         shown = [(row, prompt, self._pictures(step, row, prompt)) for row, prompt in enumerate(self.plan.previews)]
         if self.blind or not all(path.is_file() for _, _, paths in shown for path in paths) or not self._load():
             return {}
@@ -84,7 +87,10 @@ class Judge:
                 for concept in self.plan.concepts:
                     text = without_identifier(text, concept.instance_prompt, concept.class_prompt)
                 found.setdefault("prompt_fidelity", []).append(float((clip(pictures) @ clip.texts([text]).T).mean()))
-        return {name: mean(values) for name, values in found.items()} | {"prompts": self.plan.previews}
+        settings = {name: getattr(self.config, name) for name in _OF_PREVIEWS}
+        settings["judges"] = [Path(name).name for name in judges_of(self.config.pretrained_model_name_or_path)]
+        figures = {name: mean(values) for name, values in found.items()}
+        return figures | {"previews": {"prompts": self.plan.previews, **settings}}
 
     def _pictures(self, step: int, row: int, prompt: str) -> list[Path]:
         first, grid = self.config.test_seed, preview_of(self.run, step)

@@ -1,11 +1,13 @@
 """Each saved step is measured by what is there already, the same whenever it is asked, and training is not touched."""
 
+import shutil
 import types
 
 import pytest
 import torch
 
 from dbkit import embedded, train
+from dbkit.best_step import recommend
 from dbkit.concepts import Concept
 from dbkit.evaluate import Dino
 from dbkit.images import list_images, read_image, render
@@ -43,9 +45,20 @@ def judged(tmp_path_factory):
 def test_each_step_has_its_figures_and_step_0_those_of_the_base(judged):
     lines = read_log(judged / "figures.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4]
-    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak", "prompts"}
+    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak", "previews"}
     assert all(line.keys() == names for line in lines)
     assert lines[2]["validation_loss"] < lines[0]["validation_loss"]
+
+
+def test_previews_of_another_session_are_compared_where_they_were_made_with_the_same_settings(judged, tmp_path):
+    run = shutil.copytree(judged, tmp_path / "run")
+    for changes in ({}, {"test_seed": 5}, {"test_negative_prompt": "a cat"}):
+        steps = read_log(run / "figures.jsonl")[-1]["step"] + 2
+        run_embedded(run, judged.parent / "class", max_train_steps=steps, **changes)
+    lines = read_log(run / "figures.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10]
+    assert [line["previews"] == lines[0]["previews"] for line in lines] == [True] * 4 + [False] * 2
+    assert "by the loss, since previews of step 8 were made with other settings" in recommend(lines, [8, 10]).reason
 
 
 def test_likeness_is_that_of_the_preview_pictures_to_the_photographs(judged):
