@@ -80,7 +80,8 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     A step is worth what it gained since step 0 less what the class lost. The gain is in likeness of the previews to the
     photographs, the loss in likeness of the class's previews to them. The best is the highest mean of a step and those
     beside it, since a single picture may be a lucky one. The earliest step that is worth SHARE of it is recommended,
-    unless the next one is far below; where that is so of all of them, a steadier one that gained less, if there is one.
+    unless the next one is far below; where that is so of all of them, a steadier one that gained less, if there is one
+    (by the loss, which is no matter of luck, the best of all).
 
     Where previews are not judged as far as steps are measured, or not all made with the settings of step 0, the gain is
     how far the loss at fixed noise fell, the loss how far that on class images rose, and the share SHARE_OF_LOSS.
@@ -107,7 +108,7 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     after = {step: worth[beside[step][-1]] for step in measured}
     # A lucky picture has no such neighbour.
     steady = [step for step in good if after[step] >= _NEXT * best]
-    if good and not steady:
+    if good and not steady and gap is None:
         others = {step: min(worth[step], after[step]) for step in usable if step not in good}
         return _without_luck(way, others, most, _in_brackets(notes))
     step = steady[0] if steady else most
@@ -180,7 +181,8 @@ def _afterwards(
     if higher - saved:
         return "later ones that are not saved gained more"
     if higher:
-        return "some later steps gained more, but those beside them less, so it may be luck"
+        luck = ", so it may be luck" if way is _BY_PREVIEWS else ""
+        return f"some later steps gained more, but those beside them less{luck}"
     later, signs = [lines[number] for number in after], []
     if max(_loss(way.lost, own, line) for line in later) > _NOTABLE * best:
         signs.append("the class drifts")

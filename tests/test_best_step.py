@@ -67,6 +67,11 @@ def test_a_lucky_picture_is_taken_where_no_other_step_gained_anything_and_that_i
     )
 
 
+def test_a_low_loss_at_fixed_noise_is_no_luck():
+    found = recommend(lines(range(0, 500, 100), validation_loss=[0.5, 0.5, 0.1, 0.4, 0.4]), STEPS)
+    assert found.step == 200 and "luck" not in found.reason
+
+
 def test_where_a_better_step_is_not_saved_that_is_said():
     assert str(recommend(lines(range(0, 400, 100), subject_fidelity=[0.0, 0.1, 0.3, 0.5]), [100, 200])).endswith(
         "; later ones that are not saved gained more"

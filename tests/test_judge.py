@@ -1,7 +1,10 @@
 """Each saved step is measured by what is there already, the same whenever it is asked, and training is not touched."""
 
+import errno
+import os
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,31 +103,57 @@ def test_a_run_that_goes_on_keeps_the_figures_of_the_steps_it_has_and_measures_t
     assert lines[:3] == whole and [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
 
 
-def test_a_figure_that_cannot_be_written_ends_no_training(settings, tmp_path, capsys):
-    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
-    judge = Judge.__new__(Judge)
-    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
-    judge.plan = types.SimpleNamespace(previews=[])
-    judge(1)
-    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+def judge_of(run, done=0):
+    """One that measures nothing but that a step was there."""
+    plan = types.SimpleNamespace(previews=[], done=done)
+    return Judge(types.SimpleNamespace(auto_test_model=False, judge_steps=True), run, plan, dict)
 
 
-def test_figures_that_cannot_be_written_at_the_beginning_end_no_training(settings, tmp_path, capsys):
-    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
+def test_figures_that_cannot_be_written_end_no_training_and_that_is_said_once(settings, tmp_path, capsys):
+    (tmp_path / "run" / "figures.jsonl.partial").mkdir(parents=True)
     train(**settings | MEASURED)
-    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+    assert capsys.readouterr().out.count("the figures of saved steps cannot be kept: ") == 1
 
 
 def test_what_a_disk_did_not_take_is_written_with_the_next_step(tmp_path):
-    judge = Judge.__new__(Judge)
-    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
-    judge.plan = types.SimpleNamespace(previews=[])
+    judge = judge_of(tmp_path / "run")
+    blocked = tmp_path / "run" / "figures.jsonl.partial"
+    blocked.mkdir()
+    judge(1)
+    blocked.rmdir()
+    judge(2)
+    assert [line["step"] for line in read_log(tmp_path / "run" / "figures.jsonl")] == [1, 2]
+
+
+def test_figures_that_cannot_be_read_are_not_replaced(settings, tmp_path, monkeypatch, capsys):
+    train(**settings | MEASURED)
+    path = tmp_path / "run" / "figures.jsonl"
+    whole = path.read_text()
+    read = Path.read_text
+
+    def fail(self, *args, **kwargs):
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        capsys.readouterr()
+        train(**settings | MEASURED | {"max_train_steps": 4})
+    assert path.read_text() == whole
+    assert capsys.readouterr().out.count("the figures of saved steps cannot be kept: ") == 1
+
+
+def test_figures_that_can_be_read_again_are_kept_beside_those_of_the_session(tmp_path):
     path = tmp_path / "run" / "figures.jsonl"
     path.mkdir(parents=True)
-    judge(1)
-    path.rmdir()
+    judge = judge_of(tmp_path / "run", done=2)
     judge(2)
-    assert [line["step"] for line in read_log(path)] == [1, 2]
+    judge(3)
+    path.rmdir()
+    path.write_text('{"step": 0}\n{"step": 2, "validation_loss": 0.1}\n{"step": 3, "validation_loss": 0.2}\n')
+    judge(4)
+    assert read_log(path) == [{"step": 0}, {"step": 2, "validation_loss": 0.1}, {"step": 3}, {"step": 4}]
 
 
 def test_figures_of_steps_that_are_taken_again_go_where_they_are_not_measured_again(settings, tmp_path):
