@@ -17,9 +17,10 @@ from dbkit.errors import DbkitError
 from dbkit.evaluate import Clip, Dino, judges_of, own_words, without_identifier
 from dbkit.files import write_text
 from dbkit.images import read_image, render
+from dbkit.log import read_log
 from dbkit.planning import RunPlan
 from dbkit.preview import single_picture
-from dbkit.run_folder import FIGURES, preview_of, read_lines
+from dbkit.run_folder import FIGURES, preview_of
 from dbkit.train_config import TrainConfig
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # Photographs that previews are compared with; more would cost time and hardly move a mean.
 _MOST_PHOTOGRAPHS = 16
+# Settings that decide the previews and may change in a run. All that the losses depend on is fixed, but for the
+# arithmetic, which moves either little.
+_OF_PREVIEWS = ("test_seed", "test_num_per_prompt", "test_negative_prompt", "guidance_scale")
 
 
 class Judge:
@@ -41,8 +45,9 @@ class Judge:
         self.photographs: dict[int, torch.Tensor] = {}  # features of those of each concept
         self.blind = not config.auto_test_model
         self.on = config.judge_steps and processes.rank() == 0
-        # Lines after the state that is continued from belong to steps that are taken again, measured or not.
-        self.lines = [line for line in read_lines(run, FIGURES) if plan.done and line["step"] <= plan.done]
+        self.lines: list[dict[str, Any]] = []
+        self.is_read = self.is_failing = False
+        # Lines of steps that are taken again go, measured or not.
         if self.on or (processes.rank() == 0 and (run / FIGURES).exists()):
             self._write()
 
@@ -59,14 +64,27 @@ class Judge:
             self._write()
 
     def _write(self) -> None:
+        path = self.run / FIGURES
         try:
+            if not self.is_read:
+                self._read(path)
             # All of them at once: half a line that a full disk took would spoil the next one.
-            write_text(self.run / FIGURES, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_text(path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            self.is_failing = False
         except (DbkitError, OSError) as error:
-            print(f"the figures of saved steps cannot be written: {error}; the next saved step tries again")
+            if not self.is_failing:
+                print(f"the figures of saved steps cannot be kept: {error}; {FIGURES} stays as it is until they can")
+            self.is_failing = True
+
+    def _read(self, path: Path) -> None:
+        """Put what is there before the lines of this session. What cannot be read yet must not be replaced."""
+        kept = [line for line in read_log(path) if self.plan.done and line["step"] <= self.plan.done]
+        known = {line["step"] for line in kept}
+        self.lines = [*kept, *(line for line in self.lines if line["step"] not in known)]
+        self.is_read = True
 
     def _of_previews(self, step: int) -> dict[str, Any]:
-        """The figures of the preview pictures, each a mean, and the prompts; none without pictures or judges."""
+        """The figures of the preview pictures, each a mean, and what decides them; none without pictures or judges."""
         shown = [(row, prompt, self._pictures(step, row, prompt)) for row, prompt in enumerate(self.plan.previews)]
         if self.blind or not all(path.is_file() for _, _, paths in shown for path in paths) or not self._load():
             return {}
@@ -84,7 +102,10 @@ class Judge:
                 for concept in self.plan.concepts:
                     text = without_identifier(text, concept.instance_prompt, concept.class_prompt)
                 found.setdefault("prompt_fidelity", []).append(float((clip(pictures) @ clip.texts([text]).T).mean()))
-        return {name: mean(values) for name, values in found.items()} | {"prompts": self.plan.previews}
+        settings = {name: getattr(self.config, name) for name in _OF_PREVIEWS}
+        settings["judges"] = [Path(name).name for name in judges_of(self.config.pretrained_model_name_or_path)]
+        figures = {name: mean(values) for name, values in found.items()}
+        return figures | {"previews": {"prompts": self.plan.previews, **settings}}
 
     def _pictures(self, step: int, row: int, prompt: str) -> list[Path]:
         first, grid = self.config.test_seed, preview_of(self.run, step)

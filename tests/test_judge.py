@@ -1,11 +1,16 @@
 """Each saved step is measured by what is there already, the same whenever it is asked, and training is not touched."""
 
+import errno
+import os
+import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from dbkit import embedded, train
+from dbkit.best_step import recommend
 from dbkit.concepts import Concept
 from dbkit.evaluate import Dino
 from dbkit.images import list_images, read_image, render
@@ -43,9 +48,20 @@ def judged(tmp_path_factory):
 def test_each_step_has_its_figures_and_step_0_those_of_the_base(judged):
     lines = read_log(judged / "figures.jsonl")
     assert [line["step"] for line in lines] == [0, 2, 4]
-    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak", "prompts"}
+    names = {"step", "validation_loss", "class_loss", "subject_fidelity", "prompt_fidelity", "class_leak", "previews"}
     assert all(line.keys() == names for line in lines)
     assert lines[2]["validation_loss"] < lines[0]["validation_loss"]
+
+
+def test_previews_of_another_session_are_compared_where_they_were_made_with_the_same_settings(judged, tmp_path):
+    run = shutil.copytree(judged, tmp_path / "run")
+    for changes in ({}, {"test_seed": 5}, {"test_negative_prompt": "a cat"}):
+        steps = read_log(run / "figures.jsonl")[-1]["step"] + 2
+        run_embedded(run, judged.parent / "class", max_train_steps=steps, **changes)
+    lines = read_log(run / "figures.jsonl")
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8, 10]
+    assert [line["previews"] == lines[0]["previews"] for line in lines] == [True] * 4 + [False] * 2
+    assert "by the loss, since previews of step 8 were made with other settings" in recommend(lines, [8, 10]).reason
 
 
 def test_likeness_is_that_of_the_preview_pictures_to_the_photographs(judged):
@@ -87,31 +103,57 @@ def test_a_run_that_goes_on_keeps_the_figures_of_the_steps_it_has_and_measures_t
     assert lines[:3] == whole and [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
 
 
-def test_a_figure_that_cannot_be_written_ends_no_training(settings, tmp_path, capsys):
-    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
-    judge = Judge.__new__(Judge)
-    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
-    judge.plan = types.SimpleNamespace(previews=[])
-    judge(1)
-    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+def judge_of(run, done=0):
+    """One that measures nothing but that a step was there."""
+    plan = types.SimpleNamespace(previews=[], done=done)
+    return Judge(types.SimpleNamespace(auto_test_model=False, judge_steps=True), run, plan, dict)
 
 
-def test_figures_that_cannot_be_written_at_the_beginning_end_no_training(settings, tmp_path, capsys):
-    (tmp_path / "run" / "figures.jsonl").mkdir(parents=True)
+def test_figures_that_cannot_be_written_end_no_training_and_that_is_said_once(settings, tmp_path, capsys):
+    (tmp_path / "run" / "figures.jsonl.partial").mkdir(parents=True)
     train(**settings | MEASURED)
-    assert "the figures of saved steps cannot be written: " in capsys.readouterr().out
+    assert capsys.readouterr().out.count("the figures of saved steps cannot be kept: ") == 1
 
 
 def test_what_a_disk_did_not_take_is_written_with_the_next_step(tmp_path):
-    judge = Judge.__new__(Judge)
-    judge.on, judge.lines, judge.run, judge.losses, judge.blind = True, [], tmp_path / "run", dict, True
-    judge.plan = types.SimpleNamespace(previews=[])
+    judge = judge_of(tmp_path / "run")
+    blocked = tmp_path / "run" / "figures.jsonl.partial"
+    blocked.mkdir()
+    judge(1)
+    blocked.rmdir()
+    judge(2)
+    assert [line["step"] for line in read_log(tmp_path / "run" / "figures.jsonl")] == [1, 2]
+
+
+def test_figures_that_cannot_be_read_are_not_replaced(settings, tmp_path, monkeypatch, capsys):
+    train(**settings | MEASURED)
+    path = tmp_path / "run" / "figures.jsonl"
+    whole = path.read_text()
+    read = Path.read_text
+
+    def fail(self, *args, **kwargs):
+        if self == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", fail)
+        capsys.readouterr()
+        train(**settings | MEASURED | {"max_train_steps": 4})
+    assert path.read_text() == whole
+    assert capsys.readouterr().out.count("the figures of saved steps cannot be kept: ") == 1
+
+
+def test_figures_that_can_be_read_again_are_kept_beside_those_of_the_session(tmp_path):
     path = tmp_path / "run" / "figures.jsonl"
     path.mkdir(parents=True)
-    judge(1)
-    path.rmdir()
+    judge = judge_of(tmp_path / "run", done=2)
     judge(2)
-    assert [line["step"] for line in read_log(path)] == [1, 2]
+    judge(3)
+    path.rmdir()
+    path.write_text('{"step": 0}\n{"step": 2, "validation_loss": 0.1}\n{"step": 3, "validation_loss": 0.2}\n')
+    judge(4)
+    assert read_log(path) == [{"step": 0}, {"step": 2, "validation_loss": 0.1}, {"step": 3}, {"step": 4}]
 
 
 def test_figures_of_steps_that_are_taken_again_go_where_they_are_not_measured_again(settings, tmp_path):

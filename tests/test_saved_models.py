@@ -73,7 +73,7 @@ def test_the_recommended_step_is_said_marked_and_what_an_export_and_a_preview_be
 
     models = saved_models(workspace)
     assert models.best("thing").folder == run / "checkpoints" / "step_000001"
-    assert "of thing step 1 is recommended: it has 99% of what" in str(models)
+    assert "of thing step 1 is recommended: its previews are nearly as like the subject" in str(models)
     assert ", subject fidelity 0.69" in str(models)
     shown = models._repr_html_()
     first, last = shown.split("<code>")[1:]

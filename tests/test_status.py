@@ -147,7 +147,7 @@ def test_the_step_to_use_is_told_of_those_that_are_whole(run):
     lines = [{"step": step, "validation_loss": loss} for step, loss in ((0, 0.3), (2, 0.15), (3, 0.1), (4, 0.2))]
     write_text(run / "figures.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     said = str(status(run))
-    assert "  recommended: step 2 in checkpoints/step_000002: it has 86% of what" in said
+    assert "  recommended: step 2 in checkpoints/step_000002: of the saved steps it gained the most" in said
     assert status(run).best.folder == run / "checkpoints" / "step_000002"
     next((run / "checkpoints" / "step_000002").glob("*.safetensors")).write_bytes(b"")
     assert status(run).recommended.step == 4
