@@ -20,7 +20,7 @@ from traitlets import TraitError
 
 from dbkit import embedded
 from dbkit.errors import DbkitError
-from dbkit.files import write_text
+from dbkit.files import refusals_are_sentences, write_text
 from dbkit.settings import Settings, checked, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
 from dbkit.train_config import TrainConfig
@@ -34,6 +34,7 @@ _DENSE = "line-height:1.4;padding:4px 0 0 8px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
+@refusals_are_sentences()
 def form(cls: type[Config], workspace: Workspace, name: str | None = None) -> Form[Config]:
     """A form for one settings class. name is that of its file in settings/, for instance train or export."""
     return Form(cls, workspace, name or cls.__name__.removesuffix("Config").lower())

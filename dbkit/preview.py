@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dbkit import draws
 from dbkit.config import PreviewConfig
 from dbkit.errors import DbkitError
-from dbkit.files import safe_name, whole_file
+from dbkit.files import require_place, safe_name, whole_file
 from dbkit.libraries import choose_device, choose_dtype
 from dbkit.lora import find_source, load_source
 from dbkit.models import Models, check_resolution, model_facts
@@ -58,6 +58,10 @@ def preview(config: PreviewConfig) -> Preview:
     output = config.output or _unused(config.model)
     if output.suffix.lower() != ".png":
         raise DbkitError(f"output is {output}; give the grid a name that ends in .png")
+    require_place(output)
+    if output.is_dir():
+        raise DbkitError(f"output {output} is a folder; give the grid another name")
+    require_place(output.with_suffix("") / "picture.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     source = find_source(config.model, config.lora)
     facts = model_facts(source.pretrained_model_name_or_path)

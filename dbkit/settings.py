@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dbkit.errors import DbkitError
-from dbkit.files import write_text
+from dbkit.files import refusals_are_sentences, write_text
 
 Config = TypeVar("Config", bound="Settings")
 Result = TypeVar("Result")
@@ -128,11 +128,13 @@ def configured_by(cls: type[Config]) -> Callable[[Callable[[Config], Result]], C
     """Let a function of one settings object be called with that object, or with its fields by name.
 
     Positional settings may be given without their names. A settings object and fields together: the fields win. The
-    signature that help() shows is that of the settings class, with what the function returns.
+    signature that help() shows is that of the settings class, with what the function returns. What the system refuses
+    on the way, as a folder that cannot be written to, is a DbkitError.
     """
 
     def decorate(function: Callable[[Config], Result]) -> Callable[..., Result]:
         @functools.wraps(function)
+        @refusals_are_sentences()
         def called(*values, **changes):
             if values and isinstance(values[0], cls):
                 if len(values) > 1:
@@ -325,11 +327,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise DbkitError(f"{path} is a folder and no settings file; check the path, or move it away")
     if not path.is_file():
         raise DbkitError(f"there is no settings file {path}; check the path")
     try:
         # Read from a file, not from a text: of a text the error would show the line, which may hold a token.
-        with path.open(encoding="utf-8") as file:
+        with refusals_are_sentences(), path.open(encoding="utf-8") as file:
             values = yaml.safe_load(file)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DbkitError(f"{path} is not readable as YAML ({' '.join(str(error).split())}); mend that line") from error

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from dbkit import embedded
 from dbkit.errors import DbkitError
-from dbkit.files import size
+from dbkit.files import refusals_are_sentences, size
 from dbkit.settings import Settings, field_type, is_path
 
 Config = TypeVar("Config", bound=Settings)
@@ -77,6 +77,7 @@ class Workspace:
                 changes[name] = str(self.path / value)
         return dataclasses.replace(config, **changes)
 
+    @refusals_are_sentences()
     def __str__(self) -> str:
         lines = [f"workspace: {self.path} ({size(shutil.disk_usage(self.path).free)} free)"]
         for folder in _FOLDERS:
@@ -182,6 +183,7 @@ def colab_secret(name: str) -> str | None:
         ) from error
 
 
+@refusals_are_sentences()
 def open_workspace(folder: str | Path | None = None) -> Workspace:
     """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given.
 

@@ -51,6 +51,13 @@ def kept(workspace, name):
     return yaml.safe_load(workspace.settings_file(name).read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(("name", "reason"), [("train.yaml", "is a folder and no settings file"), ("x", "too long")])
+def test_settings_that_cannot_be_read_are_a_sentence(workspace, name, reason):
+    workspace.settings_file("train").mkdir()
+    with pytest.raises(DbkitError, match=reason):
+        form(TrainConfig, workspace, "train" if name == "train.yaml" else "x" * 255)
+
+
 @pytest.mark.parametrize("cls", [cls for name, cls in COMMANDS.items() if name != "demo"])
 def test_every_setting_has_a_field_and_no_secret_one_has(cls, workspace):
     shown = set(form(cls, workspace)._inputs)

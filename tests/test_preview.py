@@ -202,3 +202,19 @@ def test_no_prompt_and_no_guidance_scale_are_refused(preview_config):
         dataclasses.replace(preview_config, prompt=())
     with pytest.raises(DbkitError, match="guidance_scale is empty; give at least one value"):
         dataclasses.replace(preview_config, guidance_scale=())
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("folder.png", "folder.png is a folder; give the grid another name"),
+        ("file/grid.png", "file is a file, and .*grid.png would lie in it"),
+        ("file.png", "file is a file, and .* would lie in it"),
+        ("x" * 250 + ".png", "x.png is too long; choose a shorter one"),
+    ],
+)
+def test_a_grid_that_cannot_be_written_is_refused_before_the_model_is_looked_for(tmp_path, output, sentence):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(DbkitError, match=sentence):
+        preview(tmp_path / "no model", prompt="a dog", output=tmp_path / output)

@@ -339,6 +339,17 @@ def test_a_declared_type_is_told_in_a_users_words(name, words, facts):
     assert {ask for ask in (is_path, is_optional, is_several) if ask(kind)} == facts
 
 
+def test_what_the_system_refuses_a_function_is_a_sentence(tmp_path):
+    @configured_by(Bread)
+    def weigh(config):
+        return config.flour.read_bytes()
+
+    with pytest.raises(DbkitError, match=r"folder where a file belongs \(.+\); choose another name, or move"):
+        weigh(tmp_path)
+    with pytest.raises(DbkitError, match="rye is not there"):
+        weigh(Bread(tmp_path / "rye"))
+
+
 def test_coerce_raises_half_a_sentence_that_begins_after_the_name():
     with pytest.raises(ValueError, match=r"^is 'x'; write a number$"):
         coerce("x", float)

@@ -185,6 +185,11 @@ def test_a_lock_that_cannot_be_looked_at_is_unknown(run):
     assert lines_of(shown)[0] == "dog: step 6 of 8 (75%), at work or not: unknown here"
 
 
+def test_a_run_of_too_long_a_name_is_a_sentence():
+    with pytest.raises(DbkitError, match=r"x[\\/]settings.yaml has too long a name \(.+\); choose a shorter one"):
+        status("x" * 300)
+
+
 def test_looking_changes_nothing(run):
     before = snapshot(run.parent)
     status(run, verify=True)._repr_html_()

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -48,6 +49,13 @@ def test_a_workspace_that_cannot_be_made_is_a_sentence(tmp_path):
         DbkitError, match=r"the workspace .*file cannot be made \(.+\); set DBKIT_WORKSPACE to a folder"
     ):
         open_workspace(tmp_path / "file")
+
+
+def test_a_workspace_that_is_gone_is_a_sentence(workspace_folder):
+    workspace = open_workspace()
+    shutil.rmtree(workspace_folder)
+    with pytest.raises(DbkitError, match=r"workspace is not there \(.+\); check the path"):
+        str(workspace)
 
 
 def test_the_environment_names_the_workspace(monkeypatch, tmp_path, workspace_folder):
