@@ -12,6 +12,7 @@ import html
 import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -176,8 +177,13 @@ class Form(widgets.VBox, Generic[Config]):
         self._chosen[name] = self._value(name)
         # The query of an address may be a token.
         kept = {name: value for name, value in self._chosen.items() if not _QUERY.match(str(value))}
-        write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
-        self._check()
+        unkept = []
+        try:
+            with refusals_are_sentences():
+                write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
+        except DbkitError as error:
+            unkept = [f"what was changed holds in this form, but is not kept: {error}"]
+        self._check(unkept)
 
     def _value(self, name: str) -> Any:
         box = self._inputs[name]
@@ -191,8 +197,11 @@ class Form(widgets.VBox, Generic[Config]):
             if isinstance(self._inputs[name], widgets.Text):
                 self._inputs[name].placeholder = "auto" if self._inputs["auto"].value else "empty"
 
-    def _check(self) -> None:
-        """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect."""
+    def _check(self, wrong: Sequence[str] = ()) -> None:
+        """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect.
+
+        wrong are sentences that stand below too.
+        """
         given, seen = self._given(), types.SimpleNamespace()
         for field in self._fields:
             value, fault = given.get(field.name, field.default), ""
@@ -211,9 +220,9 @@ class Form(widgets.VBox, Generic[Config]):
             _show(more, not names <= self._hidden)
         try:
             config = self._read()
-            self._message.value = ""
         except DbkitError as error:
-            config, self._message.value = None, red(str(error))
+            config, wrong = None, [*wrong, str(error)]
+        self._message.value = red("\n".join(wrong)) if wrong else ""
         if issubclass(self._cls, TrainConfig):
             _let_out()
             self._background.give(config, lambda text: setattr(self._summary, "value", text))

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 import sys
 import threading
 
@@ -75,6 +76,30 @@ def test_a_change_is_kept_and_refilled(workspace):
     assert kept(workspace, "prepare") == {"resolution": "96", "framing": "random"}
     again = form(PrepareConfig, workspace).read()
     assert (again.resolution, again.framing) == (96, "random")
+
+
+@pytest.mark.parametrize("fault", ["no folder", "full disk"])
+def test_a_form_whose_settings_cannot_be_kept_says_so_and_reads_what_it_shows(workspace, fault, request):
+    settings, folder = form(TrainConfig, workspace), workspace.settings_file("train").parent
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False)
+    if fault == "no folder":
+        shutil.rmtree(folder)
+        folder.touch()
+    else:
+        disk = request.getfixturevalue("small_disk")
+        shutil.rmtree(folder)
+        folder.symlink_to(disk)
+        (disk / "file").write_bytes(bytes(2**16))
+    settings.set(adapter="lora", lora_rank=32)
+    assert is_shown(settings, "lora_rank") and settings.read().lora_rank == 32
+    reason = "is no folder" if fault == "no folder" else "is full"
+    assert "crimson" in settings._message.value and reason in settings._message.value
+    assert settings._message.value.count("what was changed holds in this form, but is not kept: ") == 1
+    settings.set(lora_rank="many")
+    assert reason in settings._message.value and "lora_rank is &#x27;many&#x27;" in settings._message.value
+    (folder.unlink if fault == "no folder" else (disk / "file").unlink)()
+    settings.set(lora_rank=8)
+    assert settings._message.value == "" and kept(workspace, "train")["lora_rank"] == "8"
 
 
 def test_an_address_with_a_query_is_used_and_not_kept(workspace):
