@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import inspect
+import numbers
+import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -195,7 +198,8 @@ def coerce(value: Any, kind: Any) -> Any:
         inner = next(k for k in typing.get_args(kind) if k is not type(None))
         return None if value is None or value == "" else coerce(value, inner)
     if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
+        # A set has no order, so it is not taken for several.
+        items = value if isinstance(value, (list, tuple, Iterator)) else [value]
         inner = typing.get_args(kind)[0]
         # Numbers and choices may also stand in one text, as in 3, 7.5; prompts may not: they have commas of their own.
         if inner is float:
@@ -211,7 +215,8 @@ def coerce(value: Any, kind: Any) -> Any:
         return _coerce_bool(value)
     if kind in (int, float):
         return _coerce_number(value, kind)
-    if value is None or isinstance(value, (bool, list, tuple, dict)):
+    # YAML reads some texts as numbers and dates.
+    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, numbers.Number, datetime.date)):
         raise ValueError(f"is {value!r}; write text")
     if kind is Path:
         if not str(value).strip():
@@ -222,6 +227,8 @@ def coerce(value: Any, kind: Any) -> Any:
             return Path(str(value)).expanduser()
         except RuntimeError as error:
             raise ValueError(f"is {value!r}, and {str(error).lower()}") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+        raise ValueError(f"is {str(value)!r}, which has characters that are no text; type it again")
     return str(value)
 
 
@@ -243,7 +250,7 @@ def _coerce_bool(value: Any) -> bool:
 
 def _coerce_number(value: Any, kind: type) -> int | float:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, bytes, bytearray)):
             raise ValueError
         number = kind(value) if not isinstance(value, str) else kind(value.strip().replace("_", ""))
         if kind is int and isinstance(value, float) and number != value:
