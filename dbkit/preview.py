@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# Pixels along a side of a JPEG.
+_MOST_JPEG = 65500
+
+
 @dataclass(frozen=True)
 class Preview:
-    """Where the grid and the single pictures are. Shows the grid in a notebook."""
+    """Where the grid and the single pictures are. Shows the grid in a notebook, if it is still there."""
 
     grid: Path
     pictures: list[Path]
@@ -37,14 +41,18 @@ class Preview:
     def __str__(self) -> str:
         return f"preview: {self.grid}"
 
-    def _repr_jpeg_(self) -> bytes:
+    def _repr_jpeg_(self) -> bytes | None:
         import io
 
         from PIL import Image
 
         buffer = io.BytesIO()
-        with Image.open(self.grid) as grid:
-            grid.convert("RGB").save(buffer, "JPEG", quality=90)
+        try:
+            with Image.open(self.grid) as grid:
+                grid.thumbnail((_MOST_JPEG, _MOST_JPEG))
+                grid.convert("RGB").save(buffer, "JPEG", quality=90)
+        except (OSError, Image.DecompressionBombError):  # one that is gone by now, or larger than any page
+            return None
         return buffer.getvalue()
 
 

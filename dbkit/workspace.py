@@ -55,9 +55,14 @@ class Workspace:
         return self.path / "settings" / f"{name}.yaml"
 
     def newest(self, pattern: str) -> Path | None:
-        """The path matching the pattern that changed last, clutter left out; a folder changes when it gets a file."""
+        """The path matching the pattern that changed last; a folder changes when it gets a file.
+
+        Clutter is left out, as are links that lead nowhere.
+        """
         found = (
-            path for path in self.path.glob(pattern) if not any(map(_is_leftover, path.relative_to(self.path).parts))
+            path
+            for path in self.path.glob(pattern)
+            if not any(map(_is_leftover, path.relative_to(self.path).parts)) and path.exists()
         )
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

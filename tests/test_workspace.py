@@ -203,6 +203,15 @@ def test_the_newest_path_is_the_one_that_changed_last():
     assert workspace.newest("runs/*/model/model_index.json") == old
 
 
+def test_a_link_that_leads_nowhere_is_never_the_newest():
+    workspace = open_workspace()
+    (workspace.path / "models" / "gone.safetensors").symlink_to(workspace.path / "nowhere")
+    (workspace.path / "models" / "round.safetensors").symlink_to(workspace.path / "models" / "round.safetensors")
+    assert workspace.newest("models/*.safetensors") is None
+    there = touched(workspace.path / "models" / "a.safetensors", 1000)
+    assert workspace.newest("models/*.safetensors") == there
+
+
 def test_a_folder_that_gets_a_file_is_the_newest():
     workspace = open_workspace()
     for name in ("b", "a"):
