@@ -26,18 +26,19 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, alone: bool = False) -> Iterator[Path]:
+def whole_file(path: Path, alone: bool = False, mark: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
 
-    A kill leaves the old file or the new one, never half of one; the temporary path is the next writer's. With alone a
-    second writer is refused, for files that take minutes. Raises DbkitError when the disk is full.
+    A kill leaves the old file or the new one, never half of one; the temporary path is the next writer's, or of those
+    with the same mark in its name. With alone a second writer is refused, for files that take minutes. Raises
+    DbkitError when the disk is full.
     """
     if alone:
         with one_process(path, stays=False), whole_file(path) as partial:
             yield partial
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}{mark}.partial")
     try:
         with full_disk_is_a_sentence(path.parent):
             yield partial
@@ -54,8 +55,11 @@ def whole_file(path: Path, alone: bool = False) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step, as UTF-8 with \\n line ends on every system."""
-    with whole_file(path) as partial:
+    """Replace a small text file in one step, as UTF-8 with \\n line ends on every system.
+
+    Several processes and threads may do so at once; that of the last one stays.
+    """
+    with whole_file(path, mark=f".{threading.get_native_id()}") as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 

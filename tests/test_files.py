@@ -5,6 +5,8 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -41,6 +43,20 @@ def test_a_whole_file_takes_the_place_of_the_old_one(tmp_path):
             assert not path.exists() or path.read_text() == "old"
         assert path.read_text() == text
     assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_processes_and_threads_may_write_the_same_text_file_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from dbkit.files import side_by_side, write_text
+side_by_side(lambda n: write_text(Path(sys.argv[1]), sys.argv[2] * 50_000), range(100))
+"""
+    path = tmp_path / "a.txt"
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, letter]) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert path.read_text() in ("a" * 50_000, "b" * 50_000)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
