@@ -13,7 +13,7 @@ from typing import TypeVar
 from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import refusals_are_sentences, size
-from dbkit.settings import Settings, field_type, is_path
+from dbkit.settings import Settings, coerce, field_type, is_path
 
 Config = TypeVar("Config", bound=Settings)
 
@@ -118,7 +118,7 @@ def working_folder(home: Path, local_dir: Path | None) -> Path:
 def default_folder() -> Path:
     """DBKIT_WORKSPACE if set; on Colab with Drive mounted MyDrive/dbkit; on Kaggle what it keeps; else ./workspace."""
     if named := os.environ.get("DBKIT_WORKSPACE"):
-        return Path(named).expanduser().absolute()
+        return _named(named, "DBKIT_WORKSPACE")
     if on_kaggle():
         return _KAGGLE
     if on_colab() and _is_mounted():
@@ -192,11 +192,21 @@ def colab_secret(name: str) -> str | None:
 def open_workspace(folder: str | Path | None = None) -> Workspace:
     """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given.
 
-    Raises DbkitError where Drive is not mounted, or the folder cannot be made.
+    Raises DbkitError where Drive is not mounted, the folder cannot be made, or it is no path.
     """
     if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ and not _is_mounted():
         _mount()
-    return Workspace(Path(folder).expanduser().absolute() if folder else default_folder())
+    return Workspace(_named(folder, "the workspace") if folder else default_folder())
+
+
+def _named(folder: str | Path, what: str) -> Path:
+    """A path that someone gave, as those of settings are read."""
+    try:
+        if isinstance(folder, (int, float)):  # which a setting takes for a name
+            raise ValueError(f"is {folder!r}; write a path")
+        return coerce(folder, Path).absolute()
+    except ValueError as error:
+        raise DbkitError(f"{what} {error}") from None
 
 
 def _mount() -> None:

@@ -64,6 +64,26 @@ def test_the_environment_names_the_workspace(monkeypatch, tmp_path, workspace_fo
     assert default_folder() == Path.home() / "dbkit-of-a-test"
 
 
+def test_an_environment_that_names_no_folder_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("DBKIT_WORKSPACE", "~nobody-of-this-name/dbkit")
+    with pytest.raises(DbkitError, match=r"DBKIT_WORKSPACE is '~nobody.*', and could not determine home directory"):
+        open_workspace()
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("a\0b", r"the workspace is 'a.x00b', which has characters that no file's name has; type it again"),
+        ("~nobody-of-this-name/a", "the workspace is '~nobody-of-this-name/a', and could not determine home directory"),
+        (5, "the workspace is 5; write a path"),
+        (b"a", "the workspace is b'a'; write text"),
+    ],
+)
+def test_what_is_no_path_is_no_workspace(folder, sentence):
+    with pytest.raises(DbkitError, match=sentence):
+        open_workspace(folder)
+
+
 def test_without_a_name_the_workspace_lies_in_the_current_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("DBKIT_WORKSPACE")
     monkeypatch.chdir(tmp_path)
