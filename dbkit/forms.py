@@ -22,7 +22,7 @@ from traitlets import TraitError
 from dbkit import embedded
 from dbkit.errors import DbkitError
 from dbkit.files import refusals_are_sentences, write_text
-from dbkit.settings import Settings, checked, field_type, groups, is_on, is_optional, is_several, read_yaml
+from dbkit.settings import Settings, checked, coerce, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
 from dbkit.train_config import TrainConfig
 from dbkit.train_summary import Background, summarize
@@ -94,7 +94,14 @@ class Form(widgets.VBox, Generic[Config]):
         for name, value in values.items():
             if name not in self._inputs:
                 raise DbkitError(f"there is no field {name!r} in this form")
-            self._inputs[name].value = _shown(value, type(self._inputs[name]))
+            box = self._inputs[name]
+            try:
+                box.value = _shown(value, type(box))
+            except (TraitError, TypeError, ValueError):  # a choice that the field does not have under this name
+                try:
+                    box.value = _shown(checked(self._cls, self._cls.__dataclass_fields__[name], value), type(box))
+                except ValueError as error:
+                    raise DbkitError(f"{name} {error}") from None
 
     def _section(self, title: str, fields: list[dataclasses.Field]) -> list[widgets.Widget]:
         """The fields under a heading: what to set, then the advanced ones, folded away."""
@@ -272,9 +279,9 @@ def _note(suggested: dict[str, Any]) -> list[widgets.Widget]:
 def _shown(value: Any, kind: type[widgets.Widget]) -> Any:
     """A value as its widget shows it: 2e-06 stays text that looks like a learning rate."""
     if issubclass(kind, widgets.Checkbox):
-        return bool(value)
+        return value is not None and coerce(value, bool)
     if issubclass(kind, widgets.Dropdown):
         return {None: "", True: "on", False: "off"}.get(value, value)
     if issubclass(kind, widgets.Textarea):
-        return "\n".join(map(str, value or ())) if not isinstance(value, str) else value
+        return "\n".join(map(str, (value,) if isinstance(value, (str, int, float)) else value or ()))
     return "" if value is None else str(value)

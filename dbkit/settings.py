@@ -226,7 +226,8 @@ def coerce(value: Any, kind: Any) -> Any:
         try:
             return Path(str(value)).expanduser()
         except RuntimeError as error:
-            raise ValueError(f"is {value!r}, and {str(error).lower()}") from None
+            reason = str(error).rstrip(".").lower()
+            raise ValueError(f"is {value!r}, and {reason}; write the whole path") from None
     if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
         raise ValueError(f"is {str(value)!r}, which has characters that are no text; type it again")
     return str(value)

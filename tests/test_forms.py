@@ -355,6 +355,28 @@ def test_a_field_that_is_not_there_is_named(workspace):
         form(PrepareConfig, workspace).set(colour="red")
 
 
+def test_a_choice_that_a_field_does_not_have_is_said_and_one_under_another_name_is_taken(workspace):
+    settings = form(TrainConfig, workspace)
+    with pytest.raises(DbkitError, match=r"^mixed_precision is 'foo'; choose one of auto, no, fp16, bf16"):
+        settings.set(mixed_precision="foo")
+    with pytest.raises(DbkitError, match=r"^with_prior_preservation is 'perhaps'; write true or false"):
+        settings.set(with_prior_preservation="perhaps")
+    settings.set(mixed_precision=False, gradient_checkpointing="no", with_prior_preservation="off")
+    boxes = [
+        settings._inputs[name] for name in ("mixed_precision", "gradient_checkpointing", "with_prior_preservation")
+    ]
+    assert [box.value for box in boxes] == ["no", "off", False]
+
+
+def test_what_was_written_by_hand_is_shown_as_the_settings_class_reads_it(workspace):
+    workspace.settings_file("train").write_text("with_prior_preservation: 'no'\ntrain_text_encoder: 'true'\n")
+    workspace.settings_file("preview").write_text("guidance_scale: 3\nprompt: a dog\n")
+    inputs = form(TrainConfig, workspace)._inputs
+    assert [inputs[name].value for name in ("with_prior_preservation", "train_text_encoder")] == [False, True]
+    shown = form(PreviewConfig, workspace)
+    assert shown._inputs["guidance_scale"].value == "3" and shown._inputs["prompt"].value == "a dog"
+
+
 def test_a_kept_choice_that_no_longer_exists_is_named(workspace):
     workspace.settings_file("train").write_text("lr_scheduler: cosine_with_hard_restarts\n", encoding="utf-8")
     with pytest.raises(DbkitError, match="lr_scheduler: 'cosine_with_hard_restarts', which cannot be shown"):

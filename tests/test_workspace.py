@@ -66,7 +66,9 @@ def test_the_environment_names_the_workspace(monkeypatch, tmp_path, workspace_fo
 
 def test_an_environment_that_names_no_folder_is_a_sentence(monkeypatch):
     monkeypatch.setenv("DBKIT_WORKSPACE", "~nobody-of-this-name/dbkit")
-    with pytest.raises(DbkitError, match=r"DBKIT_WORKSPACE is '~nobody.*', and could not determine home directory"):
+    with pytest.raises(
+        DbkitError, match=r"DBKIT_WORKSPACE is '~nobody.*', and could not determine home directory; write the"
+    ):
         open_workspace()
 
 
@@ -74,7 +76,10 @@ def test_an_environment_that_names_no_folder_is_a_sentence(monkeypatch):
     ("folder", "sentence"),
     [
         ("a\0b", r"the workspace is 'a.x00b', which has characters that no file's name has; type it again"),
-        ("~nobody-of-this-name/a", "the workspace is '~nobody-of-this-name/a', and could not determine home directory"),
+        (
+            "~nobody-of-this-name/a",
+            "the workspace is '~nobody-of-this-name/a', and could not determine home directory; write the",
+        ),
         (5, "the workspace is 5; write a path"),
         (b"a", "the workspace is b'a'; write text"),
     ],
