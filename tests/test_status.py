@@ -307,6 +307,23 @@ def test_a_loss_that_is_no_number_is_left_out(run):
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        '"images": 1' + "0" * 400,
+        '"gpu_memory": 1' + "0" * 400,
+        '"loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 3, "seconds_per_step": 1e308',
+        '"loss": 1.0}\n{"step": 1' + "0" * 400,
+        '"loss": 1.0}\n{"step": -1',
+    ],
+)
+def test_numbers_that_nothing_can_be_reckoned_with_are_left_out(run, damage):
+    write_text(run / "log.jsonl", '{"step": 1, "loss": 0.5, "seconds_per_step": 0.5}\n{"step": 3, ' + damage + "}\n")
+    shown = status(run)
+    assert shown.losses[0] == (1, 0.5) and shown.step == 4 and shown.images_per_second is shown.gpu_memory is None
+    assert "speed: 0.5 s a step" in str(shown) and shown._repr_html_()
+
+
+@pytest.mark.parametrize(
     ("seconds", "words"),
     [
         (0, "0 s"),
