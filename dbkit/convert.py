@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import hashlib
@@ -11,7 +12,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from dbkit.families import is_lora, require_usual, unusual
 from dbkit.files import (
     full_disk_is_a_sentence,
     one_process,
+    require_place,
     require_space,
     safe_name,
     share,
@@ -91,6 +92,7 @@ def convert(config: ConvertConfig) -> Path:
 
 def _reached(destination: Path) -> Path:
     """The destination, or the folder that it is a link to. Raises DbkitError where nothing can be put there."""
+    require_place(destination)
     try:
         found = destination.resolve()
         broken = [path for path in (destination, *destination.parents) if path.is_symlink() and not path.exists()]
@@ -98,13 +100,10 @@ def _reached(destination: Path) -> Path:
         broken = [destination]
     if broken:
         raise DbkitError(f"{broken[0]} is a link that leads nowhere; remove it or choose another destination")
-    if files := [path for path in destination.parents if path.is_file()]:
-        raise DbkitError(f"{files[0]} is a file, and {destination} would lie in it; choose another destination")
-    # File systems take names of 255 bytes, of which those of temporary files need some.
-    if len(os.fsencode(destination.name)) > 240:
-        raise DbkitError(f"the name of {destination} is too long; choose a shorter one")
-    if Path.cwd().is_relative_to(found):
-        raise DbkitError(f"{destination} is the folder that you are in, or holds it; give the name of another one")
+    # The folder that one is in may be gone.
+    with contextlib.suppress(FileNotFoundError):
+        if Path.cwd().is_relative_to(found):
+            raise DbkitError(f"{destination} is the folder that you are in, or holds it; give the name of another one")
     return found if destination.is_symlink() and destination.is_dir() else destination
 
 
@@ -151,6 +150,8 @@ def _to_file(config: ConvertConfig, place: Place) -> Path:
 
 
 def _require_new(config: ConvertConfig) -> None:
+    if config.destination.is_dir():
+        raise DbkitError(f"{config.destination} is a folder, and the destination is a file; choose another name")
     if config.destination.exists() and not config.overwrite:
         raise DbkitError(f"{config.destination} exists; choose another name, or set overwrite")
 
@@ -235,7 +236,7 @@ def _notes(model: StoredModel, source: Path, title: str, is_v: bool, license: st
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _whole_folder(destination: Path, require_free: Callable[[], None]) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of the destination when the block ends well.
 

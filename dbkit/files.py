@@ -26,33 +26,40 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, alone: bool = False) -> Iterator[Path]:
+def whole_file(path: Path, alone: bool = False, mark: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends well it takes the place of `path` in one step.
 
-    A kill leaves the old file or the new one, never half of one; the temporary path is the next writer's. With alone a
-    second writer is refused, for files that take minutes. Raises DbkitError when the disk is full.
+    A kill leaves the old file or the new one, never half of one; the temporary path is the next writer's, or of those
+    with the same mark in its name. With alone a second writer is refused, for files that take minutes. Raises
+    DbkitError when the disk is full.
     """
     if alone:
         with one_process(path, stays=False), whole_file(path) as partial:
             yield partial
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}{mark}.partial")
     try:
         with full_disk_is_a_sentence(path.parent):
             yield partial
             share(partial)
             sync(partial)
             partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(partial):
+            error.filename = str(path)  # the name that its reader knows
         raise
     sync_folder(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file in one step, as UTF-8 with \\n line ends on every system."""
-    with whole_file(path) as partial:
+    """Replace a small text file in one step, as UTF-8 with \\n line ends on every system.
+
+    Several processes and threads may do so at once; that of the last one stays.
+    """
+    with whole_file(path, mark=f".{threading.get_native_id()}") as partial:
         partial.write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -68,12 +75,60 @@ def full_disk_is_a_sentence(folder: Path) -> Iterator[None]:
             number = int(found[1])
             error = OSError(number, os.strerror(number))
         if number in FULL or os.strerror(errno.ENOSPC) in str(error):
-            free = free_space(folder)
-            raise DiskError(
-                f"the disk of {folder} is full ({size(free)} free); free some space there, then run the "
-                "same command again"
-            ) from error
+            raise _full(folder) from error
         raise error
+
+
+def _full(folder: Path) -> DiskError:
+    free = free_space(folder)
+    return DiskError(
+        f"the disk of {folder} is full ({size(free)} free); free some space there, then run the same command again"
+    )
+
+
+_NO_FOLDER = "is no folder, or lies in what is none", "choose another name, or move that away"
+# What the system's errors say of a path, and the way on.
+_REFUSALS = {
+    errno.ENOENT: ("is not there", "check the path"),
+    errno.EEXIST: _NO_FOLDER,
+    errno.ENOTDIR: _NO_FOLDER,
+    errno.EISDIR: ("is a folder where a file belongs", "choose another name, or move that folder away"),
+    errno.ENAMETOOLONG: ("has too long a name", "choose a shorter one"),
+    errno.EROFS: ("cannot be written", "choose a folder on another disk"),
+}
+_REFUSED = "cannot be read or written", "check that its disk is there, and who may read and write there"
+
+
+@contextlib.contextmanager
+def refusals_are_sentences() -> Iterator[None]:
+    """Turn what the system refuses into one sentence: which path, why, and a next step.
+
+    What networks and libraries raise, which names no path and has no reason of the system, stays what it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        name = error.filename2 or error.filename
+        path = Path(os.fsdecode(name)) if isinstance(name, (str, bytes)) else None
+        # Of the current folder Python says no name, nor of a file that is open.
+        if not error.strerror or not (path or error.errno in (*FULL, errno.EIO, errno.ENOENT)):
+            raise
+        if error.errno in FULL:
+            raise (_full(path.parent) if path else DiskError("the disk is full; free some space there")) from error
+        what, way = _REFUSALS.get(error.errno, _REFUSED)
+        if path is None:
+            gone = error.errno == errno.ENOENT
+            path, way = ("the current folder", "change to another one") if gone else ("a file", way)
+        raise DbkitError(f"{path} {what} ({error.strerror}); {way}") from error
+
+
+def require_place(path: Path) -> None:
+    """Raise DbkitError where nothing can be put: under too long a name, or below a file."""
+    # File systems take names of 255 bytes, of which those of temporary files need some.
+    if len(os.fsencode(path.name)) > 230:
+        raise DbkitError(f"the name of {path} is too long; choose a shorter one")
+    if files := [parent for parent in path.parents if parent.is_file()]:
+        raise DbkitError(f"{files[0]} is a file, and {path} would lie in it; choose another name")
 
 
 def free_space(folder: Path) -> int:
@@ -184,7 +239,11 @@ def one_process(path: Path, stays: bool = True) -> Iterator[bool]:
     lock, locked = _lock_of(path), True
     with contextlib.ExitStack() as stack:
         while True:
-            file = stack.enter_context(lock.open("w"))
+            try:
+                file = stack.enter_context(lock.open("w"))
+            except OSError as error:
+                error.filename = str(path)  # the lock's own name is hidden
+                raise
             try:
                 if os.name == "nt":
                     import msvcrt

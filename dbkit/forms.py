@@ -12,6 +12,7 @@ import html
 import re
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar, get_args, get_origin
 
@@ -20,8 +21,8 @@ from traitlets import TraitError
 
 from dbkit import embedded
 from dbkit.errors import DbkitError
-from dbkit.files import write_text
-from dbkit.settings import Settings, checked, field_type, groups, is_on, is_optional, is_several, read_yaml
+from dbkit.files import refusals_are_sentences, write_text
+from dbkit.settings import Settings, checked, coerce, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
 from dbkit.train_config import TrainConfig
 from dbkit.train_summary import Background, summarize
@@ -34,6 +35,7 @@ _DENSE = "line-height:1.4;padding:4px 0 0 8px"
 _QUERY = re.compile(r"https?://[^?#]*\?", re.IGNORECASE)
 
 
+@refusals_are_sentences()
 def form(cls: type[Config], workspace: Workspace, name: str | None = None, run: Path | None = None) -> Form[Config]:
     """A form for one settings class. name is that of its file in settings/, for instance train or export.
 
@@ -67,6 +69,7 @@ class Form(widgets.VBox, Generic[Config]):
         self._inputs: dict[str, widgets.Widget] = {}
         self._notes: dict[str, widgets.HTML] = {}
         self._rows: dict[str, widgets.HBox] = {}
+        self._touched: set[str] = set()
         self._hidden: set[str] = set()
         self._folds: list[tuple[widgets.Checkbox, set[str]]] = []
         for field in self._fields:
@@ -100,7 +103,14 @@ class Form(widgets.VBox, Generic[Config]):
         for name, value in values.items():
             if name not in self._inputs:
                 raise DbkitError(f"there is no field {name!r} in this form")
-            self._inputs[name].value = _shown(value, type(self._inputs[name]))
+            box = self._inputs[name]
+            try:
+                box.value = _shown(value, type(box))
+            except (TraitError, TypeError, ValueError):  # a choice that the field does not have under this name
+                try:
+                    box.value = _shown(checked(self._cls, self._cls.__dataclass_fields__[name], value), type(box))
+                except ValueError as error:
+                    raise DbkitError(f"{name} {error}") from None
 
     def _section(self, title: str, fields: list[dataclasses.Field]) -> list[widgets.Widget]:
         """The fields under a heading: what to set, then the advanced ones, folded away."""
@@ -180,11 +190,21 @@ class Form(widgets.VBox, Generic[Config]):
     def _changed(self, name: str) -> None:
         import yaml
 
-        self._chosen = {**{key: self._value(key) for key in self._together}, **self._chosen, name: self._value(name)}
-        # The query of an address may be a token.
-        kept = {name: value for name, value in self._chosen.items() if not _QUERY.match(str(value))}
-        write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
-        self._check()
+        self._touched.add(name)
+        unkept = []
+        try:
+            with refusals_are_sentences():
+                # Another notebook may have changed other fields meanwhile.
+                kept = {**self._values_of(self._together), **self._kept(), **self._values_of(self._touched)}
+                # The query of an address may be a token.
+                kept = {name: value for name, value in kept.items() if not _QUERY.match(str(value))}
+                write_text(self._file, yaml.safe_dump(kept, allow_unicode=True, sort_keys=False))
+        except DbkitError as error:
+            unkept = [f"what was changed holds in this form, but is not kept: {error}"]
+        self._check(unkept)
+
+    def _values_of(self, names: set[str]) -> dict[str, Any]:
+        return {name: self._value(name) for name in names}
 
     def _value(self, name: str) -> Any:
         box = self._inputs[name]
@@ -220,8 +240,11 @@ class Form(widgets.VBox, Generic[Config]):
             lines.append(f"The workspace has something newer: {', '.join(newer)}. Fill in what you want to train.")
         return [widgets.HTML("<br>".join(html.escape(line, quote=False) for line in lines))] if lines else []
 
-    def _check(self) -> None:
-        """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect."""
+    def _check(self, wrong: Sequence[str] = ()) -> None:
+        """Say beside each field what is wrong with it, and below what is wrong in all; hide those without effect.
+
+        wrong are sentences that stand below too.
+        """
         given, seen = self._given(), types.SimpleNamespace()
         for field in self._fields:
             value, fault = given.get(field.name, field.default), ""
@@ -240,9 +263,10 @@ class Form(widgets.VBox, Generic[Config]):
             _show(more, not names <= self._hidden)
         try:
             config = self._read()
-            self._message.value = ""
         except DbkitError as error:
-            config, self._message.value = None, red(str(error)) + self._folded(str(error))
+            config, wrong = None, [*wrong, str(error)]
+        said = "\n".join(wrong)
+        self._message.value = red(said) + self._folded(said) if wrong else ""
         if issubclass(self._cls, TrainConfig):
             _let_out()
             self._background.give(config, lambda text: setattr(self._summary, "value", text + self._folded(text)))
@@ -285,9 +309,9 @@ def red(text: str) -> str:
 def _shown(value: Any, kind: type[widgets.Widget]) -> Any:
     """A value as its widget shows it: 2e-06 stays text that looks like a learning rate."""
     if issubclass(kind, widgets.Checkbox):
-        return bool(value)
+        return value is not None and coerce(value, bool)
     if issubclass(kind, widgets.Dropdown):
         return {None: "", True: "on", False: "off"}.get(value, value)
     if issubclass(kind, widgets.Textarea):
-        return "\n".join(map(str, value or ())) if not isinstance(value, str) else value
+        return "\n".join(map(str, (value,) if isinstance(value, (str, int, float)) else value or ()))
     return "" if value is None else str(value)

@@ -115,6 +115,6 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             found = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
+        if isinstance(found, dict) and isinstance(found.get("step"), int) and 0 <= found["step"] < 2**63:
             lines.append(found)
     return lines

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from dbkit import draws
 from dbkit.config import PreviewConfig
 from dbkit.errors import DbkitError
-from dbkit.files import safe_name, whole_file
+from dbkit.files import require_place, safe_name, whole_file
 from dbkit.libraries import choose_device, choose_dtype
 from dbkit.lora import find_source, load_source
 from dbkit.models import Models, check_resolution, model_facts
@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 
+# Pixels along a side of a JPEG.
+_MOST_JPEG = 65500
+
+
 @dataclass(frozen=True)
 class Preview:
-    """Where the grid and the single pictures are. Shows the grid in a notebook."""
+    """Where the grid and the single pictures are. Shows the grid in a notebook, if it is still there."""
 
     grid: Path
     pictures: list[Path]
@@ -37,14 +41,18 @@ class Preview:
     def __str__(self) -> str:
         return f"preview: {self.grid}"
 
-    def _repr_jpeg_(self) -> bytes:
+    def _repr_jpeg_(self) -> bytes | None:
         import io
 
         from PIL import Image
 
         buffer = io.BytesIO()
-        with Image.open(self.grid) as grid:
-            grid.convert("RGB").save(buffer, "JPEG", quality=90)
+        try:
+            with Image.open(self.grid) as grid:
+                grid.thumbnail((_MOST_JPEG, _MOST_JPEG))
+                grid.convert("RGB").save(buffer, "JPEG", quality=90)
+        except (OSError, Image.DecompressionBombError):  # one that is gone by now, or larger than any page
+            return None
         return buffer.getvalue()
 
 
@@ -58,6 +66,10 @@ def preview(config: PreviewConfig) -> Preview:
     output = config.output or _unused(config.model)
     if output.suffix.lower() != ".png":
         raise DbkitError(f"output is {output}; give the grid a name that ends in .png")
+    require_place(output)
+    if output.is_dir():
+        raise DbkitError(f"output {output} is a folder; give the grid another name")
+    require_place(output.with_suffix("") / "picture.png")
     output.parent.mkdir(parents=True, exist_ok=True)
     source = find_source(config.model, config.lora)
     facts = model_facts(source.pretrained_model_name_or_path)

@@ -6,7 +6,6 @@ Reading a file that is gone by then is no error here: it is as if it had not bee
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -232,8 +231,8 @@ def run_settings(model: Path) -> dict[str, Any]:
 
 
 def finite(value: object) -> bool:
-    """Whether a value of a log is a number that one can reckon with."""
-    return isinstance(value, float) and math.isfinite(value)
+    """Whether a value of a log is a number that one can reckon with: sums and ratios of such numbers are numbers."""
+    return isinstance(value, float) and abs(value) < 1e100
 
 
 def recent_loss(losses: Sequence[float]) -> float | None:

@@ -119,7 +119,8 @@ def saved_models(workspace: Workspace) -> SavedModels:
     Of each run that was measured while it trained one step is recommended, by the rule of best_step.recommend().
     """
     folder = workspace.path / "runs"
-    runs = sorted(run_folder.runs_in(folder), key=lambda name: run_folder.log_age(folder / name) or math.inf)
+    ages = {name: run_folder.log_age(folder / name) for name in run_folder.runs_in(folder)}
+    runs = sorted(ages, key=lambda name: math.inf if ages[name] is None else ages[name])
     measured = {name: run_folder.read_lines(folder / name, run_folder.FIGURES) for name in runs}
     models = [model for name in runs for model in _of_run(folder / name, measured[name])]
     found = {name: recommend(measured[name], {m.step for m in models if m.run == name}) for name in runs}

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import datetime
 import difflib
 import functools
 import inspect
+import numbers
+import os
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from dbkit.errors import DbkitError
-from dbkit.files import write_text
+from dbkit.files import refusals_are_sentences, write_text
 
 Config = TypeVar("Config", bound="Settings")
 Result = TypeVar("Result")
@@ -128,11 +131,13 @@ def configured_by(cls: type[Config]) -> Callable[[Callable[[Config], Result]], C
     """Let a function of one settings object be called with that object, or with its fields by name.
 
     Positional settings may be given without their names. A settings object and fields together: the fields win. The
-    signature that help() shows is that of the settings class, with what the function returns.
+    signature that help() shows is that of the settings class, with what the function returns. What the system refuses
+    on the way, as a folder that cannot be written to, is a DbkitError.
     """
 
     def decorate(function: Callable[[Config], Result]) -> Callable[..., Result]:
         @functools.wraps(function)
+        @refusals_are_sentences()
         def called(*values, **changes):
             if values and isinstance(values[0], cls):
                 if len(values) > 1:
@@ -193,7 +198,8 @@ def coerce(value: Any, kind: Any) -> Any:
         inner = next(k for k in typing.get_args(kind) if k is not type(None))
         return None if value is None or value == "" else coerce(value, inner)
     if typing.get_origin(kind) is tuple:
-        items = value if isinstance(value, (list, tuple)) else [value]
+        # A set has no order, so it is not taken for several.
+        items = value if isinstance(value, (list, tuple, Iterator)) else [value]
         inner = typing.get_args(kind)[0]
         # Numbers and choices may also stand in one text, as in 3, 7.5; prompts may not: they have commas of their own.
         if inner is float:
@@ -209,7 +215,8 @@ def coerce(value: Any, kind: Any) -> Any:
         return _coerce_bool(value)
     if kind in (int, float):
         return _coerce_number(value, kind)
-    if value is None or isinstance(value, (bool, list, tuple, dict)):
+    # YAML reads some texts as numbers and dates.
+    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, numbers.Number, datetime.date)):
         raise ValueError(f"is {value!r}; write text")
     if kind is Path:
         if not str(value).strip():
@@ -219,7 +226,10 @@ def coerce(value: Any, kind: Any) -> Any:
         try:
             return Path(str(value)).expanduser()
         except RuntimeError as error:
-            raise ValueError(f"is {value!r}, and {str(error).lower()}") from None
+            reason = str(error).rstrip(".").lower()
+            raise ValueError(f"is {value!r}, and {reason}; write the whole path") from None
+    if any("\ud800" <= letter <= "\udfff" for letter in str(value)):
+        raise ValueError(f"is {str(value)!r}, which has characters that are no text; type it again")
     return str(value)
 
 
@@ -241,7 +251,7 @@ def _coerce_bool(value: Any) -> bool:
 
 def _coerce_number(value: Any, kind: type) -> int | float:
     try:
-        if isinstance(value, bool):
+        if isinstance(value, (bool, bytes, bytearray)):
             raise ValueError
         number = kind(value) if not isinstance(value, str) else kind(value.strip().replace("_", ""))
         if kind is int and isinstance(value, float) and number != value:
@@ -325,11 +335,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     path = Path(path)
+    if path.is_dir():
+        raise DbkitError(f"{path} is a folder and no settings file; check the path, or move it away")
     if not path.is_file():
         raise DbkitError(f"there is no settings file {path}; check the path")
     try:
         # Read from a file, not from a text: of a text the error would show the line, which may hold a token.
-        with path.open(encoding="utf-8") as file:
+        with refusals_are_sentences(), path.open(encoding="utf-8") as file:
             values = yaml.safe_load(file)
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise DbkitError(f"{path} is not readable as YAML ({' '.join(str(error).split())}); mend that line") from error

@@ -244,13 +244,14 @@ def _arrived(place: Place, home: Path, mirror: Mirror | None) -> Place:
 def _logged(lines: list[dict]) -> dict[str, Any]:
     """What the lines of a log say, as fields of RunStatus."""
     last, seconds = lines[-1] if lines else {}, _speed(lines)
-    images, rate, memory = (last.get(name) for name in ("images", "learning_rate", "gpu_memory"))
+    rate, *counts = (last.get(name) for name in ("learning_rate", "images", "gpu_memory"))
+    images, memory = (count if isinstance(count, int) and abs(count) < 2**63 else None for count in counts)
     return {
         "losses": [(line["step"], line["loss"]) for line in lines if run_folder.finite(line.get("loss"))],
         "seconds_per_step": seconds,
-        "images_per_second": images / seconds if isinstance(images, int) and seconds else None,
+        "images_per_second": images / seconds if images is not None and seconds else None,
         "learning_rate": rate if run_folder.finite(rate) else None,
-        "gpu_memory": memory if isinstance(memory, int) else None,
+        "gpu_memory": memory,
     }
 
 

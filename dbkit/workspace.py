@@ -12,8 +12,8 @@ from typing import TypeVar
 
 from dbkit import embedded
 from dbkit.errors import DbkitError
-from dbkit.files import size
-from dbkit.settings import Settings, field_type, is_path
+from dbkit.files import refusals_are_sentences, size
+from dbkit.settings import Settings, coerce, field_type, is_path
 
 Config = TypeVar("Config", bound=Settings)
 
@@ -55,9 +55,14 @@ class Workspace:
         return self.path / "settings" / f"{name}.yaml"
 
     def newest(self, pattern: str) -> Path | None:
-        """The path matching the pattern that changed last, clutter left out; a folder changes when it gets a file."""
+        """The path matching the pattern that changed last; a folder changes when it gets a file.
+
+        Clutter is left out, as are links that lead nowhere.
+        """
         found = (
-            path for path in self.path.glob(pattern) if not any(map(_is_leftover, path.relative_to(self.path).parts))
+            path
+            for path in self.path.glob(pattern)
+            if not any(map(_is_leftover, path.relative_to(self.path).parts)) and path.exists()
         )
         return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -85,6 +90,7 @@ class Workspace:
         twice = Path(path).parts[:1] == (name,) and not (self.path / name).exists()
         return (self.path.parent if twice else self.path) / path
 
+    @refusals_are_sentences()
     def __str__(self) -> str:
         lines = [f"workspace: {self.path} ({size(shutil.disk_usage(self.path).free)} free)"]
         for folder in _FOLDERS:
@@ -120,7 +126,7 @@ def working_folder(home: Path, local_dir: Path | None) -> Path:
 def default_folder() -> Path:
     """DBKIT_WORKSPACE if set; on Colab with Drive mounted MyDrive/dbkit; on Kaggle what it keeps; else ./workspace."""
     if named := os.environ.get("DBKIT_WORKSPACE"):
-        return Path(named).expanduser().absolute()
+        return _named(named, "DBKIT_WORKSPACE")
     if on_kaggle():
         return _KAGGLE
     if on_colab() and _is_mounted():
@@ -190,14 +196,25 @@ def colab_secret(name: str) -> str | None:
         ) from error
 
 
+@refusals_are_sentences()
 def open_workspace(folder: str | Path | None = None) -> Workspace:
     """Open the workspace, making what is missing. On Colab this mounts Google Drive first, unless a folder is given.
 
-    Raises DbkitError where Drive is not mounted, or the folder cannot be made.
+    Raises DbkitError where Drive is not mounted, the folder cannot be made, or it is no path.
     """
     if folder is None and on_colab() and "DBKIT_WORKSPACE" not in os.environ and not _is_mounted():
         _mount()
-    return Workspace(Path(folder).expanduser().absolute() if folder else default_folder())
+    return Workspace(_named(folder, "the workspace") if folder else default_folder())
+
+
+def _named(folder: str | Path, what: str) -> Path:
+    """A path that someone gave, as those of settings are read."""
+    try:
+        if isinstance(folder, (int, float)):  # which a setting takes for a name
+            raise ValueError(f"is {folder!r}; write a path")
+        return coerce(folder, Path).absolute()
+    except ValueError as error:
+        raise DbkitError(f"{what} {error}") from None
 
 
 def _mount() -> None:

@@ -273,4 +273,4 @@ def test_a_destination_that_cannot_be_written_is_a_sentence(photos, tmp_path, ca
     (tmp_path / "file").write_text("no folder", encoding="utf-8")
     assert main(["prepare", str(photos), str(tmp_path / "file" / "out")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("dbkit: ") and "check this path" in error and error.count("\n") == 1
+    assert error.startswith("dbkit: ") and "choose another name" in error and error.count("\n") == 1

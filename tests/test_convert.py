@@ -984,10 +984,23 @@ def test_a_link_to_a_folder_stays_and_the_folder_is_replaced(model, file, copied
 
 def test_names_that_no_file_system_takes_are_said(file, tmp_path):
     (tmp_path / "notes").touch()
-    with pytest.raises(DbkitError, match=r"notes is a file, and .*made would lie in it; choose another destination"):
+    with pytest.raises(DbkitError, match=r"notes is a file, and .*made would lie in it; choose another name"):
         convert(file, tmp_path / "notes" / "made")
     with pytest.raises(DbkitError, match="x is too long; choose a shorter one"):
         convert(file, tmp_path / ("x" * 255))
+
+
+def test_a_folder_is_not_replaced_by_a_file(model, tmp_path):
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(DbkitError, match=r"folder\.safetensors is a folder, and the destination is a file; choose"):
+        convert(model, tmp_path / "folder.safetensors", overwrite=True)
+
+
+def test_a_model_is_converted_from_a_folder_that_is_gone(model, tmp_path):
+    (tmp_path / "gone").mkdir()
+    os.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert_same_model(model, convert(convert(model, tmp_path / "a.safetensors"), tmp_path / "made"))
 
 
 # Two at once, and kills.

@@ -4,8 +4,12 @@ import errno
 import hashlib
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +17,13 @@ import pytest
 from safetensors.numpy import save_file
 
 from dbkit import DbkitError
+from dbkit.errors import DiskError
 from dbkit.files import (
     full_disk_is_a_sentence,
     move_aside,
     one_process,
+    refusals_are_sentences,
+    require_place,
     require_space,
     safe_name,
     sha256,
@@ -36,6 +43,20 @@ def test_a_whole_file_takes_the_place_of_the_old_one(tmp_path):
             assert not path.exists() or path.read_text() == "old"
         assert path.read_text() == text
     assert [found.name for found in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_processes_and_threads_may_write_the_same_text_file_at_once(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from dbkit.files import side_by_side, write_text
+side_by_side(lambda n: write_text(Path(sys.argv[1]), sys.argv[2] * 50_000), range(100))
+"""
+    path = tmp_path / "a.txt"
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, letter]) for letter in "ab"]
+    assert [writer.wait() for writer in writers] == [0, 0]
+    assert path.read_text() in ("a" * 50_000, "b" * 50_000)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
@@ -76,6 +97,105 @@ def test_a_full_disk_under_safetensors_is_the_same_sentence(small_disk):
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError), full_disk_is_a_sentence(tmp_path):
         (tmp_path / "gone").read_text()
+
+
+def in_a_file(folder):
+    write_text(folder / "file" / "a.txt", "new")
+
+
+def in_place_of_a_folder(folder):
+    write_text(folder / "folder", "new")
+
+
+def with_a_long_name(folder):
+    write_text(folder / ("x" * 255), "new")
+
+
+def in_a_folder_that_is_a_file(folder):
+    with one_process(folder / "file" / "run"):
+        pass
+
+
+def of_a_long_name(folder):
+    with one_process(folder / ("x" * 255)):
+        pass
+
+
+def in_a_folder_that_is_gone(folder):
+    (folder / "gone").mkdir()
+    os.chdir(folder / "gone")
+    (folder / "gone").rmdir()
+    try:
+        Path.cwd()
+    finally:
+        os.chdir(folder)
+
+
+@pytest.mark.parametrize(
+    ("work", "sentence"),
+    [
+        (in_a_file, r"file is no folder, or lies in what is none \(.+\); choose another name"),
+        (in_place_of_a_folder, r"folder is a folder where a file belongs \(.+\); choose another name, or"),
+        (with_a_long_name, r"[\\/]x{255} has too long a name \(.+\); choose a shorter one$"),
+        (in_a_folder_that_is_a_file, r"file is no folder, or lies in what is none \(.+\); choose another name"),
+        (of_a_long_name, r"[\\/]x{255} has too long a name \(.+\); choose a shorter one$"),
+        (lambda folder: (folder / "gone").read_text(), r"gone is not there \(.+\); check the path$"),
+        (in_a_folder_that_is_gone, r"^the current folder is not there \(.+\); change to another one$"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence_with_the_name_that_was_given(tmp_path, work, sentence):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(DbkitError, match=sentence) as error, refusals_are_sentences():
+        work(tmp_path)
+    assert isinstance(error.value.__cause__, OSError)
+
+
+@pytest.mark.parametrize(
+    ("number", "sentence"),
+    [
+        (errno.EACCES, r"^a.txt cannot be read or written \(.+\); check that its disk is there, and who may read"),
+        (errno.EROFS, r"^a.txt cannot be written \(.+\); choose a folder on another disk$"),
+        (errno.EIO, r"^a.txt cannot be read or written \(.+\); check that its disk is there"),
+        (errno.ENOSPC, r"^the disk of \. is full \(.+ free\); free some space there"),
+    ],
+)
+def test_what_a_disk_refuses_is_a_sentence(number, sentence):
+    with pytest.raises(DbkitError, match=sentence), refusals_are_sentences():
+        raise OSError(number, os.strerror(number), "a.txt")
+
+
+def test_a_disk_that_fails_under_an_open_file_is_a_sentence_without_its_name():
+    for number, sentence in ((errno.EIO, "^a file cannot be read or written"), (errno.ENOSPC, "^the disk is full")):
+        with pytest.raises(DbkitError, match=sentence), refusals_are_sentences():
+            raise OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"),
+        socket.gaierror(socket.EAI_NONAME, "Name or service not known"),
+        OSError("its vae has missing weights"),
+        urllib.error.HTTPError("https://example.org", 404, "Not Found", None, None),
+        DiskError("the disk is full"),
+    ],
+)
+def test_the_errors_of_networks_libraries_and_dbkit_stay_what_they_are(error):
+    with pytest.raises(type(error)) as raised, refusals_are_sentences():
+        raise error
+    assert raised.value is error
+
+
+def test_a_place_where_no_file_can_be_is_refused_before_it_is_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DbkitError, match=r"file is a file, and .*picture\.png would lie in it; choose another name"):
+        require_place(tmp_path / "file" / "more" / "picture.png")
+    with pytest.raises(DbkitError, match="x is too long; choose a shorter one"):
+        require_place(tmp_path / ("x" * 240))
+    require_place(tmp_path / "new" / "picture.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_too_little_space_is_refused_before_anything_is_written(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import shutil
 import sys
 import threading
 
@@ -51,6 +52,13 @@ def kept(workspace, name):
     return yaml.safe_load(workspace.settings_file(name).read_text(encoding="utf-8"))
 
 
+@pytest.mark.parametrize(("name", "reason"), [("train.yaml", "is a folder and no settings file"), ("x", "too long")])
+def test_settings_that_cannot_be_read_are_a_sentence(workspace, name, reason):
+    workspace.settings_file("train").mkdir()
+    with pytest.raises(DbkitError, match=reason):
+        form(TrainConfig, workspace, "train" if name == "train.yaml" else "x" * 255)
+
+
 @pytest.mark.parametrize("cls", [cls for name, cls in COMMANDS.items() if name != "demo"])
 def test_every_setting_has_a_field_and_no_secret_one_has(cls, workspace):
     shown = set(form(cls, workspace)._inputs)
@@ -68,6 +76,30 @@ def test_a_change_is_kept_and_refilled(workspace):
     assert kept(workspace, "prepare") == {"resolution": "96", "framing": "random"}
     again = form(PrepareConfig, workspace).read()
     assert (again.resolution, again.framing) == (96, "random")
+
+
+@pytest.mark.parametrize("fault", ["no folder", "full disk"])
+def test_a_form_whose_settings_cannot_be_kept_says_so_and_reads_what_it_shows(workspace, fault, request):
+    settings, folder = form(TrainConfig, workspace), workspace.settings_file("train").parent
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False)
+    if fault == "no folder":
+        shutil.rmtree(folder)
+        folder.touch()
+    else:
+        disk = request.getfixturevalue("small_disk")
+        shutil.rmtree(folder)
+        folder.symlink_to(disk)
+        (disk / "file").write_bytes(bytes(2**16))
+    settings.set(adapter="lora", lora_rank=32)
+    assert is_shown(settings, "lora_rank") and settings.read().lora_rank == 32
+    reason = "is no folder" if fault == "no folder" else "is full"
+    assert "crimson" in settings._message.value and reason in settings._message.value
+    assert settings._message.value.count("what was changed holds in this form, but is not kept: ") == 1
+    settings.set(lora_rank="many")
+    assert reason in settings._message.value and "lora_rank is &#x27;many&#x27;" in settings._message.value
+    (folder.unlink if fault == "no folder" else (disk / "file").unlink)()
+    settings.set(lora_rank=8)
+    assert settings._message.value == "" and kept(workspace, "train")["lora_rank"] == "8"
 
 
 def test_an_address_with_a_query_is_used_and_not_kept(workspace):
@@ -323,6 +355,28 @@ def test_a_field_that_is_not_there_is_named(workspace):
         form(PrepareConfig, workspace).set(colour="red")
 
 
+def test_a_choice_that_a_field_does_not_have_is_said_and_one_under_another_name_is_taken(workspace):
+    settings = form(TrainConfig, workspace)
+    with pytest.raises(DbkitError, match=r"^mixed_precision is 'foo'; choose one of auto, no, fp16, bf16"):
+        settings.set(mixed_precision="foo")
+    with pytest.raises(DbkitError, match=r"^with_prior_preservation is 'perhaps'; write true or false"):
+        settings.set(with_prior_preservation="perhaps")
+    settings.set(mixed_precision=False, gradient_checkpointing="no", with_prior_preservation="off")
+    boxes = [
+        settings._inputs[name] for name in ("mixed_precision", "gradient_checkpointing", "with_prior_preservation")
+    ]
+    assert [box.value for box in boxes] == ["no", "off", False]
+
+
+def test_what_was_written_by_hand_is_shown_as_the_settings_class_reads_it(workspace):
+    workspace.settings_file("train").write_text("with_prior_preservation: 'no'\ntrain_text_encoder: 'true'\n")
+    workspace.settings_file("preview").write_text("guidance_scale: 3\nprompt: a dog\n")
+    inputs = form(TrainConfig, workspace)._inputs
+    assert [inputs[name].value for name in ("with_prior_preservation", "train_text_encoder")] == [False, True]
+    shown = form(PreviewConfig, workspace)
+    assert shown._inputs["guidance_scale"].value == "3" and shown._inputs["prompt"].value == "a dog"
+
+
 def test_a_kept_choice_that_no_longer_exists_is_named(workspace):
     workspace.settings_file("train").write_text("lr_scheduler: cosine_with_hard_restarts\n", encoding="utf-8")
     with pytest.raises(DbkitError, match="lr_scheduler: 'cosine_with_hard_restarts', which cannot be shown"):
@@ -396,3 +450,14 @@ def test_a_setting_that_a_message_names_is_found_though_it_is_folded_away(worksp
     more.value = True
     settings._check()
     assert "optimizer is lion" in settings._message.value and "Under" not in settings._message.value
+
+
+def test_two_forms_of_one_file_keep_what_was_changed_in_either(workspace):
+    one, other = form(PrepareConfig, workspace), form(PrepareConfig, workspace)
+    one.set(resolution=96)
+    other.set(framing="random")
+    one.set(method="native")
+    assert kept(workspace, "prepare") == {"resolution": "96", "framing": "random", "method": "native"}
+    workspace.settings_file("prepare").write_text("of_a_later_version: 1\n", encoding="utf-8")
+    form(PrepareConfig, workspace).set(resolution=128)
+    assert kept(workspace, "prepare") == {"of_a_later_version": 1, "resolution": "128"}

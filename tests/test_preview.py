@@ -11,7 +11,7 @@ from PIL import Image
 
 from dbkit import DbkitError, PreviewConfig, preview
 from dbkit.models import load_models
-from dbkit.preview import labelled_grid, make_preview, read_prompts
+from dbkit.preview import Preview, labelled_grid, make_preview, read_prompts
 
 
 @pytest.fixture
@@ -202,3 +202,27 @@ def test_no_prompt_and_no_guidance_scale_are_refused(preview_config):
         dataclasses.replace(preview_config, prompt=())
     with pytest.raises(DbkitError, match="guidance_scale is empty; give at least one value"):
         dataclasses.replace(preview_config, guidance_scale=())
+
+
+@pytest.mark.parametrize(
+    ("output", "sentence"),
+    [
+        ("folder.png", "folder.png is a folder; give the grid another name"),
+        ("file/grid.png", "file is a file, and .*grid.png would lie in it"),
+        ("file.png", "file is a file, and .* would lie in it"),
+        ("x" * 250 + ".png", "x.png is too long; choose a shorter one"),
+    ],
+)
+def test_a_grid_that_cannot_be_written_is_refused_before_the_model_is_looked_for(tmp_path, output, sentence):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(DbkitError, match=sentence):
+        preview(tmp_path / "no model", prompt="a dog", output=tmp_path / output)
+
+
+def test_a_grid_is_shown_at_any_height_and_not_at_all_once_it_is_gone(tmp_path):
+    made = Preview(tmp_path / "grid.png", [])
+    Image.new("RGB", (20, 66_000)).save(made.grid)
+    assert Image.open(io.BytesIO(made._repr_jpeg_())).height == 65_500
+    made.grid.unlink()
+    assert made._repr_jpeg_() is None

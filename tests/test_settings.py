@@ -1,11 +1,13 @@
 """How settings work: types, bounds, all mistakes at once, YAML there and back, functions of one settings object."""
 
 import dataclasses
+import datetime
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from dbkit import DbkitError
@@ -69,6 +71,11 @@ class Bread(Settings):
         ("seeds", "poppy", ("poppy",)),
         ("seeds", ["poppy", 1], ("poppy", "1")),
         ("rests", ["1", 2], (1.0, 2.0)),
+        ("seeds", (seed for seed in ("poppy", "flax")), ("poppy", "flax")),
+        ("rests", iter(["1", 2]), (1.0, 2.0)),
+        ("note", datetime.date(2020, 1, 31), "2020-01-31"),
+        ("note", Path("a"), "a"),
+        ("note", np.int64(7), "7"),
     ],
 )
 def test_a_value_becomes_the_declared_type(name, given, value):
@@ -100,6 +107,17 @@ def test_a_value_becomes_the_declared_type(name, given, value):
         ("crust", {}, "crust is {}; choose one of no, thin, thick"),
         ("crust", 1, "crust is 1; choose one of no, thin, thick"),
         ("seeds", [["a"]], "seeds is ['a']; write text"),
+        ("name", (text for text in "ab"), "name is <generator object"),
+        ("name", b"rye", "name is b'rye'; write text"),
+        ("name", {"rye"}, "name is {'rye'}; write text"),
+        ("tin", b"/x", "tin is b'/x'; write text"),
+        ("seeds", b"rye", "seeds is b'rye'; write text"),
+        ("seeds", {"rye"}, "seeds is {'rye'}; write text"),
+        ("seeds", [None], "seeds is None; write text"),
+        ("water", b"250", "water is b'250'; write a whole number"),
+        ("rests", {1.5}, "rests is {1.5}; write a number"),
+        ("name", "a\udcffb", r"name is 'a\udcffb', which has characters that are no text; type it again"),
+        ("seeds", ["\ud83d"], r"seeds is '\ud83d', which has characters that are no text; type it again"),
         ("water", -1, "water is -1; it must be at least 0"),
         ("water", 1001, "water is 1001; it must be at most 1000"),
         ("salt", 0, "salt is 0.0; it must be more than 0"),
@@ -337,6 +355,17 @@ def test_a_declared_type_is_told_in_a_users_words(name, words, facts):
     kind = field_type(Bread, name)
     assert type_name(kind) == words
     assert {ask for ask in (is_path, is_optional, is_several) if ask(kind)} == facts
+
+
+def test_what_the_system_refuses_a_function_is_a_sentence(tmp_path):
+    @configured_by(Bread)
+    def weigh(config):
+        return config.flour.read_bytes()
+
+    with pytest.raises(DbkitError, match=r"folder where a file belongs \(.+\); choose another name, or move"):
+        weigh(tmp_path)
+    with pytest.raises(DbkitError, match="rye is not there"):
+        weigh(Bread(tmp_path / "rye"))
 
 
 def test_coerce_raises_half_a_sentence_that_begins_after_the_name():

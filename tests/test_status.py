@@ -185,6 +185,11 @@ def test_a_lock_that_cannot_be_looked_at_is_unknown(run):
     assert lines_of(shown)[0] == "dog: step 6 of 8 (75%), at work or not: unknown here"
 
 
+def test_a_run_of_too_long_a_name_is_a_sentence():
+    with pytest.raises(DbkitError, match=r"x[\\/]settings.yaml has too long a name \(.+\); choose a shorter one"):
+        status("x" * 300)
+
+
 def test_looking_changes_nothing(run):
     before = snapshot(run.parent)
     status(run, verify=True)._repr_html_()
@@ -299,6 +304,23 @@ def test_a_loss_that_is_no_number_is_left_out(run):
     write_text(run / "log.jsonl", '{"step": 1, "loss": null}\n{"step": 2, "loss": "x"}\n{"step": 3, "loss": 0.25}\n')
     shown = status(run)
     assert (shown.losses, shown.loss, shown.seconds_per_step) == ([(3, 0.25)], 0.25, None)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        '"images": 1' + "0" * 400,
+        '"gpu_memory": 1' + "0" * 400,
+        '"loss": 1e308}\n{"step": 2, "loss": -1e308}\n{"step": 3, "seconds_per_step": 1e308',
+        '"loss": 1.0}\n{"step": 1' + "0" * 400,
+        '"loss": 1.0}\n{"step": -1',
+    ],
+)
+def test_numbers_that_nothing_can_be_reckoned_with_are_left_out(run, damage):
+    write_text(run / "log.jsonl", '{"step": 1, "loss": 0.5, "seconds_per_step": 0.5}\n{"step": 3, ' + damage + "}\n")
+    shown = status(run)
+    assert shown.losses[0] == (1, 0.5) and shown.step == 4 and shown.images_per_second is shown.gpu_memory is None
+    assert "speed: 0.5 s a step" in str(shown) and shown._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,19 @@ def flip_a_byte(path: Path):
     path.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["file", "file/run", "x" * 255])
+def test_a_run_that_cannot_be_made_is_a_sentence(settings, tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(DbkitError, match=r"(no folder, or lies in what is none|has too long a name) \(.+\); choose"):
+        train(**{**settings, "output_dir": tmp_path / name})
+
+
+def test_a_log_that_is_a_folder_is_a_sentence(config):
+    (config.output_dir / "log.jsonl").mkdir(parents=True)
+    with pytest.raises(DbkitError, match=r"log\.jsonl is a folder where a file belongs"):
+        train(config)
+
+
 def test_a_finished_run_is_not_trained_again(config, capsys):
     model = train(config)
     before = {path: path.stat().st_mtime_ns for path in config.output_dir.rglob("*")}

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -50,10 +51,42 @@ def test_a_workspace_that_cannot_be_made_is_a_sentence(tmp_path):
         open_workspace(tmp_path / "file")
 
 
+def test_a_workspace_that_is_gone_is_a_sentence(workspace_folder):
+    workspace = open_workspace()
+    shutil.rmtree(workspace_folder)
+    with pytest.raises(DbkitError, match=r"workspace is not there \(.+\); check the path"):
+        str(workspace)
+
+
 def test_the_environment_names_the_workspace(monkeypatch, tmp_path, workspace_folder):
     assert open_workspace().path == workspace_folder
     monkeypatch.setenv("DBKIT_WORKSPACE", "~/dbkit-of-a-test")
     assert default_folder() == Path.home() / "dbkit-of-a-test"
+
+
+def test_an_environment_that_names_no_folder_is_a_sentence(monkeypatch):
+    monkeypatch.setenv("DBKIT_WORKSPACE", "~nobody-of-this-name/dbkit")
+    with pytest.raises(
+        DbkitError, match=r"DBKIT_WORKSPACE is '~nobody.*', and could not determine home directory; write the"
+    ):
+        open_workspace()
+
+
+@pytest.mark.parametrize(
+    ("folder", "sentence"),
+    [
+        ("a\0b", r"the workspace is 'a.x00b', which has characters that no file's name has; type it again"),
+        (
+            "~nobody-of-this-name/a",
+            "the workspace is '~nobody-of-this-name/a', and could not determine home directory; write the",
+        ),
+        (5, "the workspace is 5; write a path"),
+        (b"a", "the workspace is b'a'; write text"),
+    ],
+)
+def test_what_is_no_path_is_no_workspace(folder, sentence):
+    with pytest.raises(DbkitError, match=sentence):
+        open_workspace(folder)
 
 
 def test_without_a_name_the_workspace_lies_in_the_current_folder(monkeypatch, tmp_path):
@@ -193,6 +226,15 @@ def test_the_newest_path_is_the_one_that_changed_last():
     assert workspace.newest("runs/*/model/model_index.json") == new
     os.utime(old, (3000, 3000))
     assert workspace.newest("runs/*/model/model_index.json") == old
+
+
+def test_a_link_that_leads_nowhere_is_never_the_newest():
+    workspace = open_workspace()
+    (workspace.path / "models" / "gone.safetensors").symlink_to(workspace.path / "nowhere")
+    (workspace.path / "models" / "round.safetensors").symlink_to(workspace.path / "models" / "round.safetensors")
+    assert workspace.newest("models/*.safetensors") is None
+    there = touched(workspace.path / "models" / "a.safetensors", 1000)
+    assert workspace.newest("models/*.safetensors") == there
 
 
 def test_a_folder_that_gets_a_file_is_the_newest():
