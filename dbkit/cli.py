@@ -67,7 +67,8 @@ def _run(arguments: Sequence[str] | None) -> int:
             _hide_secrets(config)
         module, function = _FUNCTIONS[command]
         result = getattr(importlib.import_module(module), function)(config)
-        if processes.is_main() and result is not None:
+        # A conversion's last line names what it made.
+        if processes.is_main() and result is not None and command != "convert":
             print(result)
         return 0
     except DbkitError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from dbkit.config import ConvertConfig
 from dbkit.downloads import Place, fetch, find, is_folder
+from dbkit.embedded import is_embedded
 from dbkit.errors import DbkitError, counted, reason_of, some
 from dbkit.families import is_lora, require_usual, unusual
 from dbkit.files import (
@@ -26,6 +27,7 @@ from dbkit.files import (
     require_space,
     safe_name,
     share,
+    size,
     sync,
     whole_file,
     write_text,
@@ -38,7 +40,7 @@ from dbkit.lora_files import convert_lora
 from dbkit.models import LORA_BASE, WEIGHTS, Models, precision_dtype, require_replaceable, save_all_but_weights
 from dbkit.original_config import config_beside, original_config, read_prediction_type, require_replaceable_config
 from dbkit.proof import prove, table
-from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt
+from dbkit.receipts import RECEIPT, architecture, model_spec, picture, run_receipt, step_of
 from dbkit.settings import configured_by, replace
 from dbkit.stored_models import METADATA, StoredModel, empty_modules, read_file, read_folder
 from dbkit.tensor_files import (
@@ -72,7 +74,16 @@ def convert(config: ConvertConfig) -> Path:
     tensor, and by what both compute from the same inputs. Raises DbkitError for other families and damaged files.
     """
     place = find(config.source, _FILES)
-    config = replace(config, destination=_reached(config.destination))
+    made = _converted(replace(config, destination=_reached(config.destination)), place)
+    parts = [path for path in (made, *made.rglob("*")) if path.is_file()]
+    # Of an address the query may be a secret, and the embedded model goes by its name.
+    source = config.source if isinstance(place, Path) else place
+    origin = step_of(place if place.is_dir() else place.parent) if isinstance(place, Path) else None
+    print(f"{made} ({size(sum(path.stat().st_size for path in parts))}) is {origin or f'made from {source}'}")
+    return made
+
+
+def _converted(config: ConvertConfig, place: Place) -> Path:
     if isinstance(place, Path) and (place / LORA_BASE).is_file():
         config = replace(config, source=lora_file(place))
         _require_hands(config)
@@ -165,7 +176,11 @@ def _require_carried(config: ConvertConfig, model: StoredModel, source: Path) ->
             f"the tokenizer of {source} has added words ({some(words)}), which no file carries; use it as a folder, or "
             "take a model without them"
         )
-    if odd := unusual(model.configs, is_sd2):
+    if is_embedded(source):
+        print(
+            f"{config.destination} is for practice: it is of dbkit's own small model, which other programs cannot use"
+        )
+    elif odd := unusual(model.configs, is_sd2):
         print(
             f"user interfaces will make other pictures from {config.destination} than the model does, unless they are "
             f"told of its {', '.join(odd)}; dbkit reads that from its note in the file"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dbkit.captions import caption_file, read_caption
-from dbkit.errors import DbkitError
+from dbkit.captions import caption_bytes, caption_file, read_caption
+from dbkit.errors import DbkitError, some
 from dbkit.files import whole_file
 from dbkit.images import list_images
 from dbkit.report import backgrounds
@@ -69,6 +69,7 @@ class Captions:
     def set(self, name: str, text: str) -> bool:
         """Give an image a caption, also in place of an unreadable one. Returns whether anything changed."""
         image, text = self.image(name), _one_line(text)
+        self._require_there([image])
         try:
             before = self.text(name) or ""
         except DbkitError:
@@ -104,6 +105,7 @@ class Captions:
         """
         if not self._history:
             return 0
+        self._require_there()
         edits = self._history[-1]
         if foreign := [edit for edit in edits if _content(edit.path) != edit.after]:
             self._history[-1:] = filter(None, [[edit for edit in edits if edit not in foreign]])
@@ -117,6 +119,7 @@ class Captions:
 
     def _change_all(self, change: Callable[[str], str], but: Collection[str] = ()) -> int:
         changes = []
+        self._require_there(image for name, image in self._images.items() if name not in but)
         for name, image in self._images.items():
             if name in but:
                 continue
@@ -129,11 +132,17 @@ class Captions:
         return self._change(changes)
 
     def _change(self, changes: list[tuple[Path, str]]) -> int:
-        edits = [_Edit(path, _content(path), f"{text}\n".encode() if text else b"") for path, text in changes]
+        edits = [_Edit(path, _content(path), caption_bytes(text, path)) for path, text in changes]
         _write_all([(edit.path, edit.after, edit.before) for edit in edits])
         if edits:
             self._history.append(edits)
         return len(edits)
+
+    def _require_there(self, images: Iterable[Path] = ()) -> None:
+        """Raise DbkitError where the folder or a picture was renamed or deleted: a text would lie there alone."""
+        gone = [path.name for path in images if not path.is_file()] if self.folder.is_dir() else [str(self.folder)]
+        if gone:
+            raise DbkitError(f"no longer there: {some(gone)}; nothing was changed, so run the cell again")
 
     def _target(self, image: Path) -> Path:
         """Where a new text goes: to dog.txt, but to dog.png.txt if that is there or dog.jpg reads dog.txt too."""

@@ -15,10 +15,16 @@ from dbkit.settings import configured_by
 from dbkit.tokenizer import load_tokenizer, model_tokenizer
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from transformers import CLIPTokenizer
+
+    from dbkit.concepts import Concept
 
 # CLIP reads 77 tokens, of which the first and the last are marks.
 PROMPT_TOKENS = 75
+# Of more prompts that are cut their number is said.
+_MOST_CUT = 10
 # Words that say nothing of the subject: two prompts may differ in them.
 _SMALL_WORDS = frozenset(
     {"a", "an", "the", "of", "in", "on", "at", "by", "with", "and"}
@@ -118,6 +124,24 @@ def describe(tokenizer: CLIPTokenizer, instance_prompt: str, class_prompt: str |
     if problems and (suggestions := suggest_identifiers(tokenizer)):
         lines.append(f"rare words of this model: {', '.join(suggestions)}")
     return "\n".join(lines)
+
+
+def how_read(tokenizer: CLIPTokenizer, concepts: Sequence[Concept], prompts: Sequence[str]) -> list[str]:
+    """How a model reads the prompts of a training, in lines: each concept's identifier, and which prompts are cut.
+
+    prompts are all that it is trained with, each once.
+    """
+    lines = [
+        describe(tokenizer, concept.instance_prompt, concept.class_prompt)
+        for concept in concepts
+        if concept.instance_prompt and concept.class_prompt
+    ]
+    most = min(tokenizer.model_max_length - 2, PROMPT_TOKENS)
+    counts = [_count(tokenizer, prompt) for prompt in prompts]
+    lines.append(f"the first prompt has {_tokens(counts[0])}; the model reads at most {most}")
+    cut = [f"cut after {most} of {count} tokens: {prompt}" for prompt, count in zip(prompts, counts) if count > most]
+    more = [f"{len(cut) - _MOST_CUT} more prompts are cut"] * (len(cut) > _MOST_CUT)
+    return [*lines, *cut[:_MOST_CUT], *more]
 
 
 def _identifier_problems(tokenizer: CLIPTokenizer, identifier: str) -> list[str]:

@@ -64,6 +64,15 @@ def require_peft() -> None:
         ) from error
 
 
+def has_peft() -> bool:
+    """Whether peft can put an adapter beside a layer here."""
+    try:
+        require_peft()
+    except DbkitError:
+        return False
+    return True
+
+
 def add_lora(models: Models, config: TrainConfig) -> dict[str, torch.nn.ModuleDict]:
     """Freeze the parts that are trained and put new adapters beside their layers; returns these by part.
 

@@ -20,6 +20,7 @@ from dbkit.libraries import hub_options, loading, quiet
 from dbkit.tensor_files import Stored, is_finite, write_safetensors
 from dbkit.text import check_clip_skip, clip_skip_of
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer, save_tokenizer
+from dbkit.workspace import FOLDERS
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +160,8 @@ def _inpaints(unet: Mapping[str, Any], vae: Mapping[str, Any]) -> bool:
 def _require_hub_id(name: str) -> None:
     if saved := models_beside(Path(name)):
         raise DbkitError(f"there is no model folder {name}; the run has {some(saved)}")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or "\\" in name:
+    looks_like_a_path = name.startswith((".", "/", "~")) or "\\" in name or name.partition("/")[0] in FOLDERS
+    if name.count("/") != 1 or looks_like_a_path:
         raise DbkitError(
             f"there is no model folder {name}; check the path, or give a Hugging Face id such as owner/name"
         )

@@ -21,6 +21,7 @@ from dbkit.examples import training_images
 from dbkit.files import free_space, size
 from dbkit.keeper import all_saves, usable_size
 from dbkit.libraries import choose_device, choose_dtype
+from dbkit.lora import has_peft, require_peft
 from dbkit.memory import (
     OF_CUDA,
     USABLE,
@@ -148,8 +149,10 @@ class Plan:
 def plan(config: TrainConfig) -> Plan:
     """What a training with these settings needs of the device, RAM, disks and time, before anything is loaded.
 
-    Raises DbkitError where the model's config.json files or the images cannot be read.
+    Raises DbkitError where the model's config.json files or the images cannot be read, or a LoRA lacks peft.
     """
+    if config.adapter == "lora":
+        require_peft()
     where = Where.of(config)
     for sentence in size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)):
         print(sentence)
@@ -311,6 +314,7 @@ def _possible(config: TrainConfig, configs: Configs, device: torch.device) -> li
     step = 64 if config.resolution > 256 else factor
     lower = max(factor, config.resolution * 3 // 4 // step * step)
     together = config.train_batch_size * config.gradient_accumulation_steps
+    can_be_lora = config.adapter == "none" and has_peft()
     batch = {"train_batch_size": 1, "gradient_accumulation_steps": together}
     changes = [
         (1, {"sample_batch_size": 1}, "slower previews and class images", config.sample_batch_size > 1),
@@ -320,7 +324,7 @@ def _possible(config: TrainConfig, configs: Configs, device: torch.device) -> li
         (12, {"use_ema": False}, "less steady weights", config.use_ema),
         (20, {"train_text_encoder": False}, "less likeness", config.train_text_encoder),
         (40, {"resolution": lower}, "less detail", lower < config.resolution),
-        (60, {"adapter": "lora"}, "a small file that goes with the base model", config.adapter == "none"),
+        (60, {"adapter": "lora"}, "a small file that goes with the base model", can_be_lora),
     ]
     found = [change[:3] for change in changes if change[3]]
     if any("use_8bit_adam" in settings for _, settings, _ in found) and not has_8bit_adam(config, device):

@@ -49,11 +49,22 @@ def model_spec(
 def picture(folder: Path) -> str | None:
     """The first preview of the run and step that a model folder comes from, as ModelSpec has it; None without one."""
     manifest = read_manifest(folder)
-    run = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
-    pictures = sorted(preview_of(run, manifest["step"]).with_suffix("").glob("*.png")) if manifest else []
+    pictures = sorted(preview_of(_run_of(folder), manifest["step"]).with_suffix("").glob("*.png")) if manifest else []
     if not pictures:
         return None
     return data_url(pictures[0], 256)
+
+
+def step_of(folder: Path) -> str | None:
+    """Which step of which run a model folder is, in words; None if it is none, or lies in no run."""
+    receipt, run = run_receipt(folder), _run_of(folder)
+    return f"step {receipt['steps']} of the run {run.name}" if receipt and (run / "settings.yaml").is_file() else None
+
+
+def _run_of(folder: Path) -> Path:
+    """Where the run of a model folder lies, if it is one's model/ or checkpoint."""
+    parent = folder.absolute().parent
+    return parent.parent if parent.name == "checkpoints" else parent
 
 
 def run_receipt(folder: Path) -> dict[str, Any] | None:

@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING
 from dbkit import processes, zero
 from dbkit.auto import choose_settings
 from dbkit.cache import Batch, Noising, Pool, draw_batches, encode_images
-from dbkit.concepts import Concept
 from dbkit.encoding import files_near
 from dbkit.errors import DbkitError, Stopped, counted
 from dbkit.examples import first_prompts
 from dbkit.files import stop_requests
 from dbkit.hub import upload_model
-from dbkit.identifier import describe
+from dbkit.identifier import how_read
 from dbkit.judge import Judge
 from dbkit.keeper import Keeper, copy_home
-from dbkit.libraries import choose_device, choose_dtype, quiet
+from dbkit.libraries import choose_device, choose_dtype
 from dbkit.log import Log
 from dbkit.losses import add_noise, noise_target, per_sample_loss, prior_preservation_loss, snr_weights
 from dbkit.models import (
@@ -244,7 +243,7 @@ def _make_pools(
     distinct = list(dict.fromkeys(prompt for e in [*plan.instance, *plan.class_set] for prompt in e.prompts))
     distinct += [""] if config.caption_dropout and "" not in distinct else []
     row_of = {prompt: row for row, prompt in enumerate(distinct)}
-    _say_tokens(models, plan.concepts, distinct)
+    print("\n".join(how_read(models.tokenizer, plan.concepts, distinct)))
     prompts = tokenize(models.tokenizer, distinct).to(device)
     own = None if config.pad_tokens else own_tokens(models.tokenizer, distinct).to(device)
     sets = {role: part for role, part in (("instance", plan.instance), ("class", plan.class_set)) if part}
@@ -256,20 +255,6 @@ def _make_pools(
         prompt_rows = [[row_of[prompt] for prompt in example.prompts] for example in examples]
         pools.append(Pool(role, latents, places, prompts, prompt_rows, row_of.get("", 0), own))
     return pools
-
-
-def _say_tokens(models: Models, concepts: list[Concept], prompts: list[str]) -> None:
-    """Say how the model reads the prompts: each concept's identifier, and which prompts are cut."""
-    with quiet():
-        for concept in concepts:
-            if concept.instance_prompt and concept.class_prompt:
-                print(describe(models.tokenizer, concept.instance_prompt, concept.class_prompt))
-        lengths = [len(ids) for ids in models.tokenizer(prompts).input_ids]
-    most = min(models.tokenizer.model_max_length, 77)
-    print(f"the first prompt has {lengths[0] - 2} tokens; the model reads at most {most - 2}")
-    for prompt, length in zip(prompts, lengths):
-        if length > most:
-            print(f"cut after {most - 2} of {length - 2} tokens: {prompt}")
 
 
 def _fixed_losses(

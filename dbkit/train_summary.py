@@ -1,6 +1,6 @@
 """What stands under the form of training: what its settings come to, found out in a thread while the form is used.
 
-Nothing is loaded, printed, written, or asked of the Hub.
+No model is loaded, only its tokenizer; nothing is printed, written, or asked of the Hub.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import Generic, TypeVar
 
 from dbkit.auto import settings_and_reasons
 from dbkit.checkpoint import Checkpoint, by_step, read_manifest
-from dbkit.concepts import concepts_of, warnings
+from dbkit.concepts import Concept, concepts_of, warnings
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, describe_pictures, describe_prompts, instance_examples, unread_examples
+from dbkit.identifier import how_read
 from dbkit.libraries import only_cached
 from dbkit.plan import Plan, Where, estimate
 from dbkit.planning import arithmetic, check_settings, make_order, preview_prompts, total_steps, warnings_of
 from dbkit.resume import check_same_run, identity_of
+from dbkit.tokenizer import load_tokenizer, model_tokenizer
 from dbkit.train_config import TrainConfig
 
 Value = TypeVar("Value")
@@ -108,6 +110,9 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
         pictures = describe_pictures(instance)
         _check_continues(config, where, instance)
     yield [("pictures", "\n".join((*pictures, *warnings(concepts), *warnings_of(config))))]
+    # One that is not here yet, or damaged, is said where the model is.
+    with contextlib.suppress(DbkitError):
+        yield [("prompts", "\n".join(_how_read(config, concepts, examples)))]
     try:
         made = estimate(config, where, search=False)
         if not made.fits:
@@ -117,6 +122,16 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
         yield [("memory", f"not known yet: {error}")]
     else:
         yield _needs(made)
+
+
+def _how_read(config: TrainConfig, concepts: list[Concept], examples: list[Example]) -> list[str]:
+    """What training says of its prompts, by the tokenizer alone."""
+    name = config.pretrained_model_name_or_path
+    other = config.tokenizer_name
+    tokenizer = load_tokenizer(other) if other else model_tokenizer(name, config.revision)
+    prompts = [prompt for example in examples for prompt in example.prompts]
+    prompts += [concept.class_prompt for concept in concepts if config.with_prior_preservation]
+    return how_read(tokenizer, concepts, list(dict.fromkeys(prompts)))
 
 
 def _check_continues(config: TrainConfig, where: Where, instance: list[Example]) -> None:

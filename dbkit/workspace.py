@@ -17,7 +17,8 @@ from dbkit.settings import Settings, coerce, field_type, is_path
 
 Config = TypeVar("Config", bound=Settings)
 
-_FOLDERS = ("photos", "settings", "models", "datasets", "class_images", "runs", "exports")
+# Those of a workspace. A model whose name begins with one of them is meant as a path, not as a Hugging Face id.
+FOLDERS = ("photos", "settings", "models", "datasets", "class_images", "runs", "exports")
 # Settings that name a model by its path, its Hugging Face id or otherwise.
 _MAY_BE_PATHS = (
     "source",
@@ -41,7 +42,7 @@ class Workspace:
     path: Path
 
     def __post_init__(self) -> None:
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             try:
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -93,7 +94,7 @@ class Workspace:
     @refusals_are_sentences()
     def __str__(self) -> str:
         lines = [f"workspace: {self.path} ({size(shutil.disk_usage(self.path).free)} free)"]
-        for folder in _FOLDERS:
+        for folder in FOLDERS:
             inside = sorted(path.name for path in (self.path / folder).iterdir() if not path.name.startswith("."))
             lines.append(f"  {folder}: {', '.join(inside) or 'empty'}")
         return "\n".join(lines)

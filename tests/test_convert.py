@@ -18,8 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from dbkit import DbkitError, convert, keys
+from dbkit import DbkitError, convert, embedded, keys, train
+from dbkit.cli import main
 from dbkit.families import scheduler_config
+from dbkit.files import size
 from dbkit.models import WEIGHTS, Models, load_models, read_weights, save_models, state_dict
 from dbkit.tokenizer import load_tokenizer
 
@@ -533,6 +535,53 @@ def test_heads_that_user_interfaces_do_not_find_out_are_said(copied, twelve_head
     assert "num_attention_heads of the text encoder 4 (they take 12)" in said
     convert(twelve_heads, tmp_path / "usual.safetensors")
     assert "other pictures" not in capsys.readouterr().out
+
+
+def test_a_file_of_the_embedded_model_is_said_to_be_for_practice(tmp_path, capsys):
+    # What was trained from it lies elsewhere and has its tokenizer.
+    trained = shutil.copytree(embedded.MODEL, tmp_path / "trained")
+    for source in (embedded.NAME, trained):
+        made = convert(source, tmp_path / "made.safetensors", overwrite=True)
+        said = capsys.readouterr().out
+        assert f"{made} is for practice: it is of dbkit's own small model, which other programs cannot use\n" in said
+        assert "other pictures" not in said
+
+
+def test_the_last_words_are_what_was_made_of_what(model, tmp_path, capsys):
+    def last_line():
+        return capsys.readouterr().out.splitlines()[-1]
+
+    made = convert(model, tmp_path / "made.safetensors")
+    assert last_line() == f"{made} ({size(made.stat().st_size)}) is made from {model}"
+    back = convert(made, tmp_path / "back")
+    whole = sum(path.stat().st_size for path in back.rglob("*") if path.is_file())
+    assert last_line() == f"{back} ({size(whole)}) is made from {made}"
+    made = convert(embedded.NAME, tmp_path / "small.safetensors")
+    assert last_line() == f"{made} ({size(made.stat().st_size)}) is made from tiny-sd"
+
+
+@pytest.mark.parametrize("adapter", ["none", "lora"])
+def test_of_a_run_the_last_words_are_its_step_and_its_name(settings, tmp_path, capsys, monkeypatch, adapter):
+    run = tmp_path / "mydog"
+    more = {"adapter": adapter, "output_dir": run, "save_model_every_n_steps": 1}
+    model = train(**{**settings, **more})
+    monkeypatch.chdir(run)
+    for step, source in ((2, model), (2, Path("model")), (1, run / "checkpoints" / "step_000001")):
+        (file,) = source.glob("*.safetensors") if adapter == "lora" else [source]
+        made = convert(file, tmp_path / "made.safetensors", overwrite=True)
+        said = capsys.readouterr().out
+        assert said.endswith(f"\n{made} ({size(made.stat().st_size)}) is step {step} of the run mydog\n")
+    copy = shutil.copytree(model, tmp_path / "models" / "copy")
+    (file,) = copy.glob("*.safetensors") if adapter == "lora" else [copy]
+    convert(file, made, overwrite=True)
+    assert capsys.readouterr().out.endswith(f") is made from {file}\n")
+
+
+def test_the_command_line_ends_with_these_words_and_no_second_path(model, tmp_path, capsys):
+    made = tmp_path / "made.safetensors"
+    assert main(["convert", str(model), str(made)]) == 0
+    *others, last = capsys.readouterr().out.splitlines()
+    assert last == f"{made} ({size(made.stat().st_size)}) is made from {model}" and str(made) not in others
 
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json", "tokenizer.json"])

@@ -136,6 +136,60 @@ def test_a_text_that_cannot_be_saved_is_said_and_stays_in_its_field(editor, phot
     assert editor._boxes["teal.png"].value == "mine"
 
 
+def click_after_all(editor):
+    editor._added.value = "zwx"
+    editor._after.click()
+
+
+def write_in_a_field(editor):
+    editor._boxes["teal.png"].value = "mine"
+
+
+@pytest.mark.parametrize("change", [click_after_all, write_in_a_field, lambda editor: editor._undo.click()])
+def test_of_a_folder_that_was_renamed_or_deleted_it_is_said_and_none_is_made(editor, photos, change):
+    editor._boxes["gold.png"].value = "gold"
+    photos.rename(photos.with_name("renamed"))
+    change(editor)
+    assert editor._message.value == (
+        f"<span style='color:crimson'>no longer there: {photos}; nothing was changed, so run the cell again</span>"
+    )
+    assert not photos.exists()
+
+
+@pytest.mark.parametrize("change", [click_after_all, write_in_a_field])
+def test_a_picture_that_was_deleted_gets_no_text_and_it_is_said(editor, photos, change):
+    (photos / "teal.png").unlink()
+    (photos / "teal.txt").unlink()
+    change(editor)
+    assert "color:crimson" in editor._message.value
+    assert "no longer there: teal.png; nothing was changed" in editor._message.value
+    assert not (photos / "teal.txt").exists()
+    assert read(photos, "gold.txt") == "a gold thing\n"
+
+
+def test_the_other_pictures_of_a_page_are_edited_on(editor, photos):
+    (photos / "teal.png").unlink()
+    editor._boxes["gold.png"].value = "gold"
+    assert editor._message.value == "gold.png: saved"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("long " * 30_000, "teal.txt is too long to be a caption; replace it or take it out"),
+        ("half \ud83d", "teal.txt has half a character in it (&#x27;\\ud83d&#x27;); take it out"),
+        ("a\0b", "teal.txt is not text; save it again as UTF-8"),
+    ],
+    ids=["long", "half", "zero"],
+)
+def test_a_text_that_could_not_be_read_again_is_not_saved(editor, photos, text, sentence):
+    editor._boxes["teal.png"].value = text
+    assert "color:crimson" in editor._message.value and sentence in editor._message.value
+    assert read(photos, "teal.txt") == "a teal thing\n"
+    editor._undo.click()
+    assert editor._message.value == "nothing to take back"
+
+
 def test_many_images_come_in_pages(many):
     editor = caption_editor(many)
     assert len(editor._rows.children) == PER_PAGE == 12

@@ -224,6 +224,14 @@ def test_where_one_text_cannot_be_written_none_is_changed(captions, photos):
     assert captions.undo() == 0
 
 
+def test_where_one_text_would_be_too_long_to_be_read_none_is_changed(captions, photos):
+    captions.set("teal.png", "teal " * 19_000)
+    before = files(photos)
+    with pytest.raises(DbkitError, match=r"teal\.txt is too long to be a caption"):
+        captions.add("zwx " * 2_000, before=True)
+    assert files(photos) == before
+
+
 def test_an_undo_that_cannot_be_written_may_be_tried_again(captions, photos):
     before = files(photos)
     captions.replace("thing", "toy")

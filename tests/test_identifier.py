@@ -7,7 +7,8 @@ import re
 import pytest
 
 from dbkit import embedded
-from dbkit.identifier import check_prompts, describe, find_identifier, suggest_identifiers
+from dbkit.concepts import Concept
+from dbkit.identifier import check_prompts, describe, find_identifier, how_read, suggest_identifiers
 from dbkit.settings import read_yaml
 from dbkit.tokenizer import clip_tokenizer, load_tokenizer_tables
 
@@ -273,3 +274,14 @@ def test_the_preview_prompts_of_the_style_name_it_as_its_captions_do():
     assert all(caption.endswith(style) for caption in captions)
     assert len([prompt for prompt in prompts if prompt.endswith(style)]) >= 10
     assert len([prompt for prompt in prompts if "zwx" not in prompt]) == 2
+
+
+def test_of_all_prompts_each_identifier_is_told_and_which_are_cut(tiny, tmp_path):
+    concepts = [Concept(tmp_path, f"photo of {word} dog", "photo of a dog") for word in ("zwx", "ukj")]
+    long = [f"dog {number} " + "dog " * 80 for number in range(12)]
+    lines = how_read(tiny, [*concepts, Concept(tmp_path)], ["photo of zwx dog", *long])
+    assert lines[:2] == ["identifier: zwx, one token (zwx)", "identifier: ukj, one token (ukj)"]
+    assert re.fullmatch(r"the first prompt has \d+ tokens; the model reads at most 75", lines[2])
+    assert len(lines) == 3 + 10 + 1 and lines[-1] == "2 more prompts are cut"
+    assert re.fullmatch(rf"cut after 75 of \d+ tokens: {re.escape(long[0])}", lines[3])
+    assert len(how_read(tiny, [], long[:10])) == 11

@@ -70,7 +70,9 @@ def test_a_single_file_is_to_be_converted_first(tmp_path):
         model_facts(file)
 
 
-@pytest.mark.parametrize("name", ["no-such-folder", "./a/b", "/a/b", "~/model", "a/b/c", "C:\\models\\sd"])
+@pytest.mark.parametrize(
+    "name", ["no-such-folder", "./a/b", "/a/b", "~/model", "a/b/c", "C:\\models\\sd", "models/sd15", "runs/dog"]
+)
 def test_a_path_that_is_not_there_is_refused(name):
     with pytest.raises(DbkitError, match=r"there is no model folder .*; check the path, or give a Hugging Face id"):
         model_facts(name)

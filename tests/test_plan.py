@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -186,6 +187,25 @@ def test_in_short_it_fits_where_a_tenth_is_left_over():
 def test_where_nothing_helps_it_says_so(settings):
     config = TrainConfig(**settings)
     assert cheapest_changes(config, read_configs(config), PLACE, 3, CPU, 1) == []
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_that_a_lora_needs_peft_is_said_in_the_words_of_training(settings, monkeypatch, auto):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    config = TrainConfig(**settings, adapter="lora", auto=auto)
+    sentences = []
+    for planned in (plan, dbkit.train):
+        with pytest.raises(DbkitError, match=r"^LoRA needs peft, which does not work here .*; pip install") as error:
+            planned(config)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_without_peft_no_lora_is_among_the_changes(settings, monkeypatch):
+    config = TrainConfig(**{**settings, **LARGE})
+    monkeypatch.setitem(sys.modules, "peft", None)
+    changes = cheapest_changes(config, read_configs(config), PLACE, 3, CPU, 0.9 * need(config))
+    assert changes and not any("adapter" in change.settings for change in changes)
 
 
 def test_what_hangs_on_a_setting_that_is_turned_off_goes_with_it(settings):

@@ -3,6 +3,7 @@
 import html
 import itertools
 import json
+import re
 import shutil
 import threading
 import types
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from conftest import draw_photo
 
-from dbkit import TrainConfig, train
+from dbkit import TrainConfig, embedded, train
 from dbkit.memory import STABLE_DIFFUSION_1
 from dbkit.plan import Where, estimate
 from dbkit.settings import replace
@@ -58,6 +59,22 @@ def test_what_auto_chooses_is_said_with_its_reason(settings):
     said = last(TrainConfig(**given, auto=True))
     assert "<b>chosen</b>" in said and "max_train_steps 400: " in said
     assert "400 steps x " in said
+
+
+def test_how_the_model_reads_the_prompts_is_said_in_the_words_of_training(config, prior, capsys):
+    config = replace(config, **prior | {"class_prompt": "photo of a thing, " + "z" * 90}, instance_prompt="Bella thing")
+    (said,) = re.findall(r"<b>prompts</b></td><td>(.*?)</td>", last(config))
+    lines = said.split("<br>")
+    assert lines[0].startswith("identifier: Bella, 5 tokens (")
+    assert any("choose a rare word that is one token" in line for line in lines)
+    assert any(re.match(r"cut after 75 of \d+ tokens: photo of a thing, zzz", line) for line in lines)
+    train(config, max_train_steps=1)
+    assert said.replace("<br>", "\n") in capsys.readouterr().out
+
+
+def test_another_tokenizer_is_the_one_that_is_asked(config, prior):
+    said = last(replace(config, **prior, tokenizer_name=str(embedded.MODEL / "tokenizer")))
+    assert "<b>prompts</b></td><td>identifier: zwx, one token (zwx)<br>the first prompt has " in said
 
 
 def test_a_mistake_is_the_last_row(config, photos, tmp_path):
@@ -118,7 +135,7 @@ def test_of_a_hub_model_only_what_lies_here_is_read(config, tmp_path, monkeypatc
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     hub = replace(config, pretrained_model_name_or_path="ada/small")
     said = last(hub)
-    assert "2 samples" in said
+    assert "2 samples" in said and "<b>prompts</b>" not in said
     assert (
         "not known yet: text_encoder/config.json of ada/small is not on this machine yet; dbkit.plan() downloads it"
         in said
@@ -130,7 +147,15 @@ def test_of_a_hub_model_only_what_lies_here_is_read(config, tmp_path, monkeypatc
         path.write_text(json.dumps(settings))
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
-    assert "<b>memory, CPU</b>" in last(hub)
+    assert "<b>memory, CPU</b>" in last(hub) and "<b>prompts</b>" not in last(hub)
+    shutil.copytree(embedded.MODEL / "tokenizer", cached / "snapshots" / ("0" * 40) / "tokenizer")
+    assert "<b>prompts</b></td><td>the first prompt has " in last(hub)
+
+
+def test_a_folder_that_the_workspace_lacks_is_no_hub_model_that_is_not_here_yet(config):
+    said = last(replace(config, pretrained_model_name_or_path="models/sd15"))
+    assert "<b>to be changed</b></td><td>there is no model folder models/sd15; check the path, or give a " in said
+    assert "dbkit.plan() downloads it" not in said
 
 
 def test_a_mistake_of_the_program_is_shown_and_not_lost(config):
