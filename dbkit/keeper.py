@@ -153,8 +153,7 @@ class Keeper:
         """What to do next, as the end of a sentence."""
         if not self.saved:
             return "nothing is saved, so what was trained is lost; free some space, then train again"
-        again = " without start_over" if self.config.start_over else ""
-        return f"the state of step {self.saved} is saved, train again{again} to go on from there"
+        return f"the state of step {self.saved} is saved, train again to go on from there"
 
     def _require_numbers(self, step: int) -> None:
         for part, module in self.state.plain.items():

@@ -39,6 +39,7 @@ from dbkit.memory import (
 )
 from dbkit.models import check_resolution, model_facts, size_warnings
 from dbkit.preview import read_prompts
+from dbkit.resume import settled
 from dbkit.settings import configured_by, replace
 from dbkit.state import State, state_size
 from dbkit.status import duration, status
@@ -151,6 +152,7 @@ def plan(config: TrainConfig) -> Plan:
     Raises DbkitError where the model's config.json files or the images cannot be read.
     """
     where = Where.of(config)
+    config = settled(config, where.run, where.home)
     for sentence in size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)):
         print(sentence)
     return estimate(choose_settings(config, where.saved, where.device, where.dtype), where)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
+from dbkit.auto import choose_settings
 from dbkit.buckets import Size, bucket_limits, share_out, sizes_of
 from dbkit.checkpoint import Checkpoint
 from dbkit.class_images import make_class_images
@@ -33,7 +34,17 @@ from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
-from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state, run_id
+from dbkit.resume import (
+    changes_since,
+    check_same_run,
+    identity_of,
+    newest_state,
+    of_model,
+    of_state,
+    open_run,
+    run_id,
+    settled,
+)
 from dbkit.state import check_processes
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
@@ -66,6 +77,35 @@ class RunPlan:
     identity: dict[str, Any]
     optimizer_library: str
     rest_after: int
+
+
+def begin(
+    config: TrainConfig, run: Path, home: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[TrainConfig, RunPlan]:
+    """Bring to `run` what its home has beyond that, choose what is left to auto, and make the plan.
+
+    Returns the settings as they hold from here on: start_over is on only where nothing is gone on with.
+    """
+    going_on = settled(config, run, home)
+    try:
+        open_run(going_on, run, home)
+        chosen = choose_settings(going_on, run, device, dtype)
+        plan = make_plan(chosen, run, device, home)
+    except DbkitError as error:
+        # Other pictures, or no state that is whole: what the sentence advises was asked for already.
+        if going_on is config or "set start_over" not in str(error):
+            raise
+    else:
+        if going_on is not config:
+            folders = " and ".join(map(str, dict.fromkeys((home, run))))
+            print(
+                "start_over was done already for this run, which goes on; to begin at step 0 again, choose another "
+                f"output_dir or delete {folders}"
+            )
+        return chosen, plan
+    open_run(config, run, home)
+    chosen = choose_settings(config, run, device, dtype)
+    return chosen, make_plan(chosen, run, device, home)
 
 
 def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path | None = None) -> RunPlan:

@@ -530,7 +530,11 @@ class TrainConfig(Settings):
     save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True
     )
-    start_over: bool = setting(False, "move what is in output_dir aside and begin at step 0", advanced=True)
+    start_over: bool = setting(
+        False,
+        "move the run in output_dir aside and begin at step 0; a run that was begun so goes on as long as its settings stay the same",
+        advanced=True,
+    )
     auto_test_model: bool = setting(True, "make preview pictures before step 1 and after each checkpoint")
     judge_steps: bool = setting(
         True,
