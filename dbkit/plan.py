@@ -141,7 +141,9 @@ class Plan:
     def time(self) -> str:
         """How long it takes from here, in words."""
         if self.seconds is None:
-            return "how long they take is known after the first ones"
+            return "how long a step takes is known after the first steps"
+        if not self.seconds:
+            return "all are done; to train further, raise max_train_steps"
         return f"about {duration(self.seconds)} to the end, by the log of the last session"
 
 
@@ -296,12 +298,13 @@ def _disk(
 
 
 def _seconds(home: Path, steps: int) -> float | None:
-    """What is left of a run that has a log, at the speed of its last steps."""
+    """What is left of a run after its saved state, at the speed of its last steps."""
     try:
         seen = status(run=home)
     except DbkitError:
         return None
-    return None if seen.seconds_per_step is None else max(0, steps - seen.step) * seen.seconds_per_step
+    left = max(0, steps - seen.step + seen.lost_steps)
+    return left and seen.seconds_per_step and left * seen.seconds_per_step
 
 
 # What takes less memory.

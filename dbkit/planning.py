@@ -122,7 +122,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     # After every other mistake, since this makes a repository.
     require_hub(config, run.name)
     for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
-        if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
+        if holds_run(folder):
             print(f"the earlier run is moved to {move_aside(folder)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
@@ -148,6 +148,11 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     if rest_after:
         identity[_REST_AFTER] = rest_after
     return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library, rest_after)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has something of a run, which start_over moves aside."""
+    return any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml"))
 
 
 def check_settings(config: TrainConfig, run: Path) -> None:
