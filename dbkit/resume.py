@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import secrets
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +15,7 @@ from dbkit.checkpoint import Checkpoint, by_step, find_fault, newest_valid, read
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, fingerprint
 from dbkit.files import move_aside, one_process
-from dbkit.mirror import STOP, bring_back
+from dbkit.mirror import STOP, bring_back, home_lock
 from dbkit.run_folder import read_mirror
 from dbkit.settings import left_to_auto, plain, read_yaml, replace
 from dbkit.tokenizer import tokenizer_fingerprint
@@ -57,10 +55,8 @@ def locked(run: Path, home: Path) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         locks.enter_context(one_process(run))
         if run != home:
-            # On the local disk: a home that hangs must not hold up the end of a run.
-            name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
             try:
-                locks.enter_context(one_process(Path(tempfile.gettempdir()) / f"dbkit-{name}"))
+                locks.enter_context(one_process(home_lock(home)))
             except DbkitError as error:
                 raise DbkitError(
                     f"another process copies to {home}; wait for it, or choose another output_dir"
