@@ -66,9 +66,12 @@ def locked(run: Path, home: Path) -> Iterator[None]:
 
 def open_run(config: TrainConfig, run: Path, home: Path) -> None:
     """Bring to where a run works what its home has beyond that, unless it starts over."""
-    for folder in {run, home}:
+    for folder in dict.fromkeys((run, home)):
         with contextlib.suppress(OSError):
-            (folder / STOP).unlink()  # one of an earlier session; from here on it stops this one
+            if (folder / STOP).is_dir():
+                print(f"{folder / STOP} is a folder, which stops nothing; a file of that name does")
+            else:
+                (folder / STOP).unlink()  # one of an earlier session; from here on it stops this one
     said = read_mirror(run)
     if run == home:
         local = said and newest_valid(said.local / "resume")[0]
