@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,6 +105,7 @@ def measure(settings: dict) -> int:
 
     from dbkit import TrainConfig, train
 
+    shutil.rmtree(settings["output_dir"], ignore_errors=True)
     train(TrainConfig(**settings))
     if torch.cuda.is_available() and settings["device"] != "cpu":
         return torch.cuda.max_memory_allocated()
@@ -158,7 +160,6 @@ def main() -> None:
                 "instance_data_dir": str(photos),
                 "instance_prompt": "a photo of zwx thing",
                 "output_dir": str(base / "run"),
-                "start_over": True,
                 "max_train_steps": 2,
                 "auto_test_model": False,
                 "device": arguments.device,

@@ -16,7 +16,7 @@ from dbkit.errors import DbkitError, counted
 from dbkit.examples import training_images
 from dbkit.memory import STABLE_DIFFUSION_1, USABLE, Configs, Place, read_configs, step_peak
 from dbkit.optimizers import LIBRARIES, try_optimizer
-from dbkit.settings import AUTO, left_to_auto, read_yaml, replace
+from dbkit.settings import AUTO, is_on, left_to_auto, read_yaml, replace
 from dbkit.state import check_processes
 from dbkit.train_config import TIERS, TrainConfig
 
@@ -74,7 +74,7 @@ def settings_and_reasons(
     if not left:
         reasons += ["auto has nothing to choose: all that it chooses is given"] * config.auto
         return replace(config, auto=False), reasons
-    kept = {} if config.start_over else _kept(run, left)
+    kept = {} if config.start_over else _kept(config, run, left)
     if kept:
         reasons.append(f"auto: {run} goes on with {_listed(kept)}")
     images = [len(training_images(concept.instance_data_dir)) for concept in concepts_of(config)]
@@ -125,12 +125,14 @@ def has_8bit_adam(config: TrainConfig, device: torch.device) -> bool:
     return any(not try_optimizer(config, library, device) for library in LIBRARIES["adamw8bit"])
 
 
-def _kept(run: Path, left: list[str]) -> dict[str, Any]:
+def _kept(config: TrainConfig, run: Path, left: list[str]) -> dict[str, Any]:
     """What a run that has a state ran with, of the settings that are left to be chosen."""
     if not any((run / "resume").glob("step_*[0-9]")) or not (run / "settings.yaml").is_file():
         return {}
     ran = read_yaml(run / "settings.yaml")
-    return {name: ran[name] for name in left if name in ran and name != "gradient_checkpointing"}
+    needed = {field.name: field.metadata.get("needs") for field in dataclasses.fields(config)}
+    names = [name for name in left if name in ran and (not needed[name] or is_on(config, needed[name]))]
+    return {name: ran[name] for name in names if name != "gradient_checkpointing"}
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from dbkit import processes
 from dbkit.best_step import recommend
 from dbkit.checkpoint import by_step, commit, find_fault, read_manifest, rotate, step_folder
 from dbkit.errors import DbkitError, DiskError
-from dbkit.files import free_space, require_space, size
+from dbkit.files import free_space, require_space, size, write_text
 from dbkit.lora import save_lora
 from dbkit.mirror import MIRROR, STOP, Mirror
 from dbkit.models import save_models
@@ -52,11 +52,13 @@ class Keeper:
         self.place = home  # where all of the run is, once it has ended
         self.failing: set[str] = set()
         self.then = ""  # what follows a save that failed
+        self.settings = ""  # the text of settings.yaml
         parts = (state.models.unet, state.models.text_encoder, state.models.vae)
         whole = sum(parameter.numel() for module in parts for parameter in module.parameters())
         self.model_size = usable_size(config, whole, sum(parameter.numel() for parameter in state.parameters))
 
     def _open(self) -> None:
+        self.settings = (self.run / "settings.yaml").read_text(encoding="utf-8")
         self._require_space()
         if self.home == self.run:
             (self.run / MIRROR).unlink(missing_ok=True)  # of a time when it worked elsewhere
@@ -69,7 +71,7 @@ class Keeper:
         # In a thread of its own, since a Drive that hangs must hold up neither training nor copies.
         while not self.closed.wait(LOOK_EVERY):
             with contextlib.suppress(OSError):
-                self.stop_at_home = self.stop_at_home or (self.home / STOP).exists()
+                self.stop_at_home = self.stop_at_home or (self.home / STOP).is_file()
 
     def _require_space(self) -> None:
         """Say what a save takes and what is free. Raises DiskError unless the states and the weights fit."""
@@ -112,7 +114,7 @@ class Keeper:
         if sentence := self.saves.outlook(step):
             _say(sentence)
         with contextlib.suppress(OSError):
-            stopping = stopping or (self.run / STOP).exists()
+            stopping = stopping or (self.run / STOP).is_file()
         stop = stopping or self.stop_at_home
         return Due(processes.most(Due.STOP if stop else self.saves.due(step)))
 
@@ -133,6 +135,7 @@ class Keeper:
 
     def _save(self, optimizer: dict[str, Any], step: int, weights: bool) -> int:
         self._require_numbers(step)
+        self._require_folder(step)
         saved = self._try("state", step, functools.partial(self._commit_state, optimizer, step))
         if weights and step >= self.config.save_min_steps:
             folder, keep = step_folder(self.run / "checkpoints", step), self.config.checkpoints_total_limit
@@ -153,8 +156,7 @@ class Keeper:
         """What to do next, as the end of a sentence."""
         if not self.saved:
             return "nothing is saved, so what was trained is lost; free some space, then train again"
-        again = " without start_over" if self.config.start_over else ""
-        return f"the state of step {self.saved} is saved, train again{again} to go on from there"
+        return f"the state of step {self.saved} is saved, train again to go on from there"
 
     def _require_numbers(self, step: int) -> None:
         for part, module in self.state.plain.items():
@@ -162,6 +164,18 @@ class Keeper:
                 raise DbkitError(
                     f"the {part} has weights that are not numbers at step {step}, and nothing was saved; lower "
                     "learning_rate and train again, which continues from the last good state"
+                )
+
+    def _require_folder(self, step: int) -> None:
+        """Begin the run's folder again where somebody deleted or renamed it: all that counts is in memory."""
+        path = self.run / "settings.yaml"
+        # A disk that fails is said by the save that follows.
+        with contextlib.suppress(DiskError, OSError):
+            if not path.exists():
+                write_text(path, self.settings)
+                _say(
+                    f"{self.run} was deleted or renamed while it trains; from step {step} on it is saved in a new "
+                    "folder of that name, and what was there before is not in it"
                 )
 
     def _try(self, what: str, step: int, work: Callable[[], None]) -> bool:

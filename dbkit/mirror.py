@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -342,6 +344,12 @@ def _write_status(path: Path, status: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         partial_of(path).write_text(json.dumps(status, indent=1), encoding="utf-8")
         partial_of(path).replace(path)
+
+
+def home_lock(home: Path) -> Path:
+    """What who copies to a home locks. On the local disk: a home that hangs must not hold up the end of a run."""
+    name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"dbkit-{name}"
 
 
 def bring_back(local: Path, home: Path) -> list[str]:

@@ -40,6 +40,7 @@ from dbkit.memory import (
 )
 from dbkit.models import check_resolution, model_facts, size_warnings
 from dbkit.preview import read_prompts
+from dbkit.resume import settled
 from dbkit.settings import configured_by, replace
 from dbkit.state import State, state_size
 from dbkit.status import duration, status
@@ -141,7 +142,9 @@ class Plan:
     def time(self) -> str:
         """How long it takes from here, in words."""
         if self.seconds is None:
-            return "how long they take is known after the first ones"
+            return "how long a step takes is known after the first steps"
+        if not self.seconds:
+            return "all are done; to train further, raise max_train_steps"
         return f"about {duration(self.seconds)} to the end, by the log of the last session"
 
 
@@ -154,6 +157,7 @@ def plan(config: TrainConfig) -> Plan:
     if config.adapter == "lora":
         require_peft()
     where = Where.of(config)
+    config = settled(config, where.run, where.home)
     for sentence in size_warnings(config.resolution, model_facts(config.pretrained_model_name_or_path)):
         print(sentence)
     return estimate(choose_settings(config, where.saved, where.device, where.dtype), where)
@@ -297,12 +301,13 @@ def _disk(
 
 
 def _seconds(home: Path, steps: int) -> float | None:
-    """What is left of a run that has a log, at the speed of its last steps."""
+    """What is left of a run after its saved state, at the speed of its last steps."""
     try:
         seen = status(run=home)
     except DbkitError:
         return None
-    return None if seen.seconds_per_step is None else max(0, steps - seen.step) * seen.seconds_per_step
+    left = max(0, steps - seen.step + seen.lost_steps)
+    return left and seen.seconds_per_step and left * seen.seconds_per_step
 
 
 # What takes less memory.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
+from dbkit.auto import choose_settings
 from dbkit.buckets import Size, bucket_limits, share_out, sizes_of
 from dbkit.checkpoint import Checkpoint
 from dbkit.class_images import make_class_images
@@ -33,7 +34,17 @@ from dbkit.models import Facts, check_resolution, check_zero_terminal_snr, model
 from dbkit.optimizers import choose_library
 from dbkit.order import Order
 from dbkit.preview import read_prompts
-from dbkit.resume import changes_since, check_same_run, identity_of, newest_state, of_model, of_state, run_id
+from dbkit.resume import (
+    changes_since,
+    check_same_run,
+    identity_of,
+    newest_state,
+    of_model,
+    of_state,
+    open_run,
+    run_id,
+    settled,
+)
 from dbkit.state import check_processes
 from dbkit.text import check_clip_skip
 from dbkit.trackers import require_tracker
@@ -68,6 +79,35 @@ class RunPlan:
     rest_after: int
 
 
+def begin(
+    config: TrainConfig, run: Path, home: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[TrainConfig, RunPlan]:
+    """Bring to `run` what its home has beyond that, choose what is left to auto, and make the plan.
+
+    Returns the settings as they hold from here on: start_over is on only where nothing is gone on with.
+    """
+    going_on = settled(config, run, home)
+    try:
+        open_run(going_on, run, home)
+        chosen = choose_settings(going_on, run, device, dtype)
+        plan = make_plan(chosen, run, device, home)
+    except DbkitError as error:
+        # Other pictures, or no state that is whole: what the sentence advises was asked for already.
+        if going_on is config or "set start_over" not in str(error):
+            raise
+    else:
+        if going_on is not config:
+            folders = " and ".join(map(str, dict.fromkeys((home, run))))
+            print(
+                "start_over was done already for this run, which goes on; to begin at step 0 again, choose another "
+                f"output_dir or delete {folders}"
+            )
+        return chosen, plan
+    open_run(config, run, home)
+    chosen = choose_settings(config, run, device, dtype)
+    return chosen, make_plan(chosen, run, device, home)
+
+
 def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path | None = None) -> RunPlan:
     """Check model folder, images and captions, say what was found, and generate class images where they are missing.
 
@@ -82,7 +122,7 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     # After every other mistake, since this makes a repository.
     require_hub(config, run.name)
     for folder in dict.fromkeys((home or run, run)) if config.start_over else ():
-        if any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml")):
+        if holds_run(folder):
             print(f"the earlier run is moved to {move_aside(folder)}")
     saved = newest_state(run)
     library = choose_library(config, device, saved and saved.facts["settings"].get("library of the optimizer"))
@@ -108,6 +148,11 @@ def make_plan(config: TrainConfig, run: Path, device: torch.device, home: Path |
     if rest_after:
         identity[_REST_AFTER] = rest_after
     return RunPlan(concepts, instance, class_set, order, previews, total, done, saved, identity, library, rest_after)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder has something of a run, which start_over moves aside."""
+    return any((folder / name).exists() for name in ("resume", "checkpoints", "model", "settings.yaml"))
 
 
 def check_settings(config: TrainConfig, run: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import secrets
-import tempfile
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,14 +15,17 @@ from dbkit.checkpoint import Checkpoint, by_step, find_fault, newest_valid, read
 from dbkit.errors import DbkitError, counted
 from dbkit.examples import Example, fingerprint
 from dbkit.files import move_aside, one_process
-from dbkit.mirror import STOP, bring_back
+from dbkit.mirror import STOP, bring_back, home_lock
 from dbkit.run_folder import read_mirror
-from dbkit.settings import plain, read_yaml
+from dbkit.settings import left_to_auto, plain, read_yaml, replace
 from dbkit.tokenizer import tokenizer_fingerprint
 from dbkit.train_config import TrainConfig
 
 # Settings that are of one session and no part of a run.
 _OF_A_SESSION = {"start_over", "local_rank", "auto", "output_dir", "local_dir", "session_minutes"}
+# What may change in a run that start_over began, and it goes on all the same: how far it goes, and what trades memory,
+# for what of that decides a step is part of the run's identity.
+_OF_MORE_STEPS_OR_MEMORY = {"max_train_steps", "num_train_epochs", "memory", "gradient_checkpointing"}
 
 
 def identity_of(
@@ -54,10 +55,8 @@ def locked(run: Path, home: Path) -> Iterator[None]:
     with contextlib.ExitStack() as locks:
         locks.enter_context(one_process(run))
         if run != home:
-            # On the local disk: a home that hangs must not hold up the end of a run.
-            name = hashlib.sha256(str(home.resolve()).encode()).hexdigest()[:16]
             try:
-                locks.enter_context(one_process(Path(tempfile.gettempdir()) / f"dbkit-{name}"))
+                locks.enter_context(one_process(home_lock(home)))
             except DbkitError as error:
                 raise DbkitError(
                     f"another process copies to {home}; wait for it, or choose another output_dir"
@@ -67,9 +66,12 @@ def locked(run: Path, home: Path) -> Iterator[None]:
 
 def open_run(config: TrainConfig, run: Path, home: Path) -> None:
     """Bring to where a run works what its home has beyond that, unless it starts over."""
-    for folder in {run, home}:
+    for folder in dict.fromkeys((run, home)):
         with contextlib.suppress(OSError):
-            (folder / STOP).unlink()  # one of an earlier session; from here on it stops this one
+            if (folder / STOP).is_dir():
+                print(f"{folder / STOP} is a folder, which stops nothing; a file of that name does")
+            else:
+                (folder / STOP).unlink()  # one of an earlier session; from here on it stops this one
     said = read_mirror(run)
     if run == home:
         local = said and newest_valid(said.local / "resume")[0]
@@ -95,6 +97,34 @@ def open_run(config: TrainConfig, run: Path, home: Path) -> None:
     _part_runs(run, home)
     for sentence in bring_back(run, home):
         print(sentence)
+
+
+def settled(config: TrainConfig, run: Path, home: Path) -> TrainConfig:
+    """The settings with start_over as it holds from here on: off where it was done already for these settings."""
+    return replace(config, start_over=False) if config.start_over and was_begun_over(config, run, home) else config
+
+
+def was_begun_over(config: TrainConfig, run: Path, home: Path) -> bool:
+    """Whether start_over began the run in these folders with the same settings: done again, it would give the same."""
+    try:
+        before = read_yaml(_newest(run, home) / "settings.yaml")
+    except (DbkitError, OSError):
+        return False
+    names = {field.name for field in dataclasses.fields(config)} - _OF_A_SESSION - _OF_MORE_STEPS_OR_MEMORY
+    # What is left to auto the run keeps.
+    return before.get("start_over") is True and not _changes(config, before, names - set(left_to_auto(config)))
+
+
+def _newest(run: Path, home: Path) -> Path:
+    """That of a run's two folders which holds the newer run, or more of it."""
+
+    def reached(folder: Path) -> tuple[str, int]:
+        return _newest_id(folder) or "", max(by_step(folder / "resume"), default=0)
+
+    try:
+        return max((run, home), key=reached)
+    except OSError:  # a home that cannot be reached
+        return run
 
 
 def run_id(saved: Checkpoint | None) -> str:
@@ -140,11 +170,13 @@ def changes_since(config: TrainConfig, run: Path) -> list[str]:
     except DbkitError:
         return []
     known = {field.name for field in dataclasses.fields(config) if not field.metadata.get("fixed")}
-    now = {name: value for name, value in plain(config).items() if name in known - _OF_A_SESSION}
-    changed = [
-        f"{name} was {before[name]} and is {now[name]}" for name in now if before.get(name, now[name]) != now[name]
-    ]
+    changed = _changes(config, before, known - _OF_A_SESSION)
     return [f"changed since, from here on: {', '.join(changed)}"] if changed else []
+
+
+def _changes(config: TrainConfig, before: dict[str, Any], names: set[str]) -> list[str]:
+    now = {name: value for name, value in plain(config).items() if name in names}
+    return [f"{name} was {before[name]} and is {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
 
 
 def of_model(name_or_path: str) -> list[str]:

@@ -65,6 +65,11 @@ class RunStatus:
         return next((s for s in reversed(saved) if s.step == wanted), None)
 
     @property
+    def stopped(self) -> bool:
+        """Whether nobody works at it: no process here, and none of another machine that copies to the same home."""
+        return self.at_work is False and not (self.mirror and self.local is None)
+
+    @property
     def seconds_left(self) -> float | None:
         """How long the steps that are left take at the speed of the log; None where that is not known."""
         if self.finished or not self.total or self.seconds_per_step is None:
@@ -117,7 +122,13 @@ class RunStatus:
         """How far it is, as one line."""
         share = f" of {self.total} ({self.step / self.total:.0%})" if self.total else ""
         work = {True: "a process is at work", False: "no process here is at work", None: "at work or not: unknown here"}
-        state = "finished" if self.finished and not self.at_work else work[self.at_work]
+        state = work[self.at_work]
+        if self.finished and not self.at_work:
+            state = "finished"
+        elif self.stopped:
+            last = max((place.last.step for place in (self.place, self.home) if place.last), default=0)
+            goes_on = f"goes on from step {last}" if last else "begins at step 0"
+            state = f"stopped; train (the same cell or command) {goes_on}"
         return f"{self.home.folder.name}: step {self.step}{share}, {state}"
 
     def _rows(self) -> Iterator[tuple[str, str]]:
@@ -126,7 +137,8 @@ class RunStatus:
         if self.loss is not None:
             yield "loss", f"{self.loss:.4f}, the mean of the last {min(run_folder.RECENT, len(self.losses))} in the log"
         if self.seconds_per_step is not None:
-            left = f", about {duration(self.seconds_left)} of training left" if self.seconds_left else ""
+            runs = self.seconds_left and not self.stopped
+            left = f", about {duration(self.seconds_left)} of training left" if runs else ""
             images = f", {self.images_per_second:.3g} images a second" if self.images_per_second else ""
             yield "speed", f"{self.seconds_per_step:.3g} s a step{images}{left}"
         if self.learning_rate is not None:
@@ -139,7 +151,8 @@ class RunStatus:
         at_home = self.lost_steps if self.home.unreadable else self.lost_steps_without_local
         if not self.finished or at_home:
             more = f"; {at_home} if this machine's disk went too" if at_home != self.lost_steps else ""
-            yield "steps lost if it stopped now", f"{self.lost_steps}{more}"
+            title = "steps to be taken again" if self.stopped else "steps lost if it stopped now"
+            yield title, f"{self.lost_steps}{more}"
         if self.local:
             yield "home", str(self.home.folder)
             yield from self._saved_rows(self.home, " at home")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbkit import processes, zero
-from dbkit.auto import choose_settings
 from dbkit.cache import Batch, Noising, Pool, draw_batches, encode_images
 from dbkit.encoding import files_near
 from dbkit.errors import DbkitError, Stopped, counted
@@ -33,10 +32,10 @@ from dbkit.models import (
 from dbkit.optimizers import learning_rates, set_learning_rate
 from dbkit.order import Order
 from dbkit.plan import out_of_memory_is_told, say_estimate, watch
-from dbkit.planning import RunPlan, make_plan
+from dbkit.planning import RunPlan, begin
 from dbkit.preview import make_preview
 from dbkit.processes import on_main
-from dbkit.resume import finished_in, locked, open_run
+from dbkit.resume import finished_in, locked, was_begun_over
 from dbkit.run_folder import preview_of
 from dbkit.sampling import autocast, borrowed
 from dbkit.saves import Due, Saves
@@ -75,9 +74,7 @@ def train(config: TrainConfig) -> Path:
 def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, began: float) -> Path:
     # 1. Plan: what can be wrong with settings and data is found and shown here, before a model is loaded.
     dtype = choose_dtype(config.mixed_precision, device, config.memory)
-    on_main(open_run, config, run, home)
-    config = on_main(choose_settings, config, run, device, dtype)
-    plan = on_main(make_plan, config, run, device, home)
+    config, plan = on_main(begin, config, run, home, device, dtype)
     place = on_main(copy_home, config, run, home) if plan.done >= plan.total else run
     if plan.done >= plan.total and (made := on_main(finished_in, run, place, plan.done)):
         print(f"{counted(plan.done, 'step')} done already; to train further, raise max_train_steps above that")
@@ -85,9 +82,7 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
         return made / "model"
     # A run that was stopped beyond a total that is lower now only lacks its finished model.
     done, total = plan.done, max(plan.total, plan.done)
-    # Starting over is a choice of one moment: kept in the file, it would move the run aside the next time too.
-    # The same goes for the place that a launcher gave this process, and for the session's end.
-    on_main(replace(config, start_over=False, local_rank=-1, session_minutes=None).save, run / "settings.yaml")
+    on_main(_write_settings, config, run, home)
     on_main(say_estimate, config, device, dtype)
 
     # 2. Model and cache: images are encoded once, and only if their latents are not found, by a VAE that leaves the
@@ -155,6 +150,13 @@ def _train(config: TrainConfig, run: Path, home: Path, device: torch.device, beg
         raise Stopped(f"all {total} steps were done already; the model is in {made / 'model'}")
     on_main(upload_model, config, made, total, prompts)
     return made / "model"
+
+
+def _write_settings(config: TrainConfig, run: Path, home: Path) -> None:
+    """Keep the settings with the run, without the place that a launcher gave this process and the session's end."""
+    # That start_over began the run is kept, so that the same settings do not move it aside the next time.
+    over = config.start_over or was_begun_over(config, run, home)
+    replace(config, start_over=over, local_rank=-1, session_minutes=None).save(run / "settings.yaml")
 
 
 def train_step(

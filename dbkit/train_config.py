@@ -300,13 +300,13 @@ class TrainConfig(Settings):
     )
     max_train_steps: int | None = setting(
         None,
-        "optimizer steps over the run's whole life; empty: num_train_epochs decides; raise it to train a finished run further",
+        "optimizer steps over the run's whole life; empty: auto's choice, without auto num_train_epochs decides; raise it to train a finished run further",
         min=1,
         auto=True,
     )
     train_batch_size: int = setting(
         1,
-        "instance images in each forward pass; with prior preservation as many class images join them; 1, not 4, so that a 16 GB GPU holds it",
+        "instance images in each forward pass; with prior preservation as many class images join them; more take more memory, 1 suits a GPU of 16 GB",
         min=1,
         max=1024,
         fixed=True,
@@ -425,7 +425,7 @@ class TrainConfig(Settings):
     )
     memory: Literal["auto", "fast", "balanced", "small", "tiny"] = setting(
         "auto",
-        "fast: nothing is traded for memory, 15 GB for Stable Diffusion 1 at 512 px; balanced: AdamW's moments in 8 bits, 10 GB; small: gradient_checkpointing too, which counts with larger batches and pictures; tiny: weights in bf16, each gradient applied in the backward pass, 5 GB, a little less exact; auto: as use_8bit_adam and gradient_checkpointing say",
+        "fast: nothing is traded for memory, 15 GB for Stable Diffusion 1 at 512 px; balanced: AdamW's moments in 8 bits, 10 GB; small: gradient_checkpointing too, which counts with larger batches and pictures; tiny: weights in bf16, each gradient applied in the backward pass, 5 GB, a little less exact; auto: what use_8bit_adam and gradient_checkpointing turn on, and where auto chooses them too, what the GPU needs",
     )
     gradient_checkpointing: bool = setting(
         False, "recompute activations in the backward pass: less memory, about a quarter slower", auto=True
@@ -487,7 +487,7 @@ class TrainConfig(Settings):
     )
     save_model_every_n_steps: int | None = setting(
         200,
-        "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: only at the end and when interrupted",
+        "steps between checkpoints: usable weights in checkpoints/ and the state that a run resumes from; empty: auto's choice, without auto only at the end and when interrupted",
         min=1,
         auto=True,
         group="saving and previews",
@@ -530,7 +530,11 @@ class TrainConfig(Settings):
     save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "precision of the usable weights on disk; resuming is always exact", advanced=True
     )
-    start_over: bool = setting(False, "move what is in output_dir aside and begin at step 0", advanced=True)
+    start_over: bool = setting(
+        False,
+        "move the run in output_dir aside and begin at step 0; a run that was begun so goes on as long as its settings stay the same",
+        advanced=True,
+    )
     auto_test_model: bool = setting(True, "make preview pictures before step 1 and after each checkpoint")
     judge_steps: bool = setting(
         True,

@@ -19,8 +19,17 @@ from dbkit.examples import Example, describe_pictures, describe_prompts, instanc
 from dbkit.identifier import how_read
 from dbkit.libraries import only_cached
 from dbkit.plan import Plan, Where, estimate
-from dbkit.planning import arithmetic, check_settings, make_order, preview_prompts, total_steps, warnings_of
-from dbkit.resume import check_same_run, identity_of
+from dbkit.planning import (
+    arithmetic,
+    check_settings,
+    holds_run,
+    make_order,
+    preview_prompts,
+    total_steps,
+    warnings_of,
+)
+from dbkit.resume import check_same_run, identity_of, settled
+from dbkit.settings import replace
 from dbkit.tokenizer import load_tokenizer, model_tokenizer
 from dbkit.train_config import TrainConfig
 
@@ -97,6 +106,7 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
     if config.auto_test_model:
         rows.append(("previews of", "\n".join(preview_prompts(config, examples, concepts))))
     yield rows
+    asked, config = config, settled(config, where.run, where.home)
     config, reasons = settings_and_reasons(config, where.saved, where.device, where.dtype)
     check_settings(config, where.run)
     order = make_order(config, concepts, examples)
@@ -108,11 +118,19 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
     else:
         instance = instance_examples(config, concepts)
         pictures = describe_pictures(instance)
-        _check_continues(config, where, instance)
+        try:
+            _check_continues(config, where, instance)
+        except DbkitError as error:
+            # As in training: what the sentence advises was asked for already.
+            if not asked.start_over or "set start_over" not in str(error):
+                raise
+            config = replace(config, start_over=True)
     yield [("pictures", "\n".join((*pictures, *warnings(concepts), *warnings_of(config))))]
     # One that is not here yet, or damaged, is said where the model is.
     with contextlib.suppress(DbkitError):
         yield [("prompts", "\n".join(_how_read(config, concepts, examples)))]
+    begins = _begins(config, where, total, asked.start_over)
+    yield begins
     try:
         made = estimate(config, where, search=False)
         if not made.fits:
@@ -121,7 +139,8 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
     except DbkitError as error:
         yield [("memory", f"not known yet: {error}")]
     else:
-        yield _needs(made)
+        finished = any(title == "finished" for title, _ in begins)
+        yield _needs(made) + [("time", made.time)] * (not finished)
 
 
 def _how_read(config: TrainConfig, concepts: list[Concept], examples: list[Example]) -> list[str]:
@@ -145,10 +164,22 @@ def _check_continues(config: TrainConfig, where: Where, instance: list[Example])
         check_same_run(saved, identity_of(config, library, instance), where.home)
 
 
+def _begins(config: TrainConfig, where: Where, total: int, asked_to_start_over: bool) -> list[tuple[str, str]]:
+    """What becomes of the run that the folder holds, if there is one, as a row."""
+    done = max(by_step(where.saved / "resume"), default=0)
+    if config.start_over:
+        there = next((folder for folder in (where.saved, where.home) if holds_run(folder)), None)
+        steps = f" ({counted(done, 'step')})" if done else ""
+        return [("starts over", f"the run in {there}{steps} is moved aside")] if there else []
+    if done >= total:
+        return [("finished", f"all {counted(done, 'step')} are done; to train further, raise max_train_steps")]
+    already = "; start_over was done already" * asked_to_start_over
+    return [("goes on", f"after step {done}, which is saved{already}")] if done else []
+
+
 def _needs(made: Plan) -> list[tuple[str, str]]:
     """The rows of a plan, but for the parts of the memory."""
-    rows = [row for row in made.rows() if not row[0].startswith((" ", "memory in", "steps"))]
-    return [*rows, ("time", made.time)]
+    return [row for row in made.rows() if not row[0].startswith((" ", "memory in", "steps"))]
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

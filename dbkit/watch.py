@@ -12,8 +12,10 @@ from dbkit import processes
 from dbkit.config import WatchConfig
 from dbkit.errors import DbkitError
 from dbkit.files import is_locked
+from dbkit.mirror import home_lock
 from dbkit.settings import configured_by
 from dbkit.status import RunStatus, duration, status, status_at_work
+from dbkit.workspace import default_folder, working_folder
 
 # Showing may take this share of the time, and happens once a second at most.
 _SHARE, _LEAST = 0.01, 1.0
@@ -25,25 +27,41 @@ _EVERY_LINE = 60.0
 def watch(config: WatchConfig) -> None:
     """Show how far a run is, again and again, until no process of this machine trains it, or the cell is interrupted.
 
+    Without a run it is the one at which a process is at work; for one that is still being prepared it waits.
     Everything is read from the run's files, so it works after a reload, in another notebook and beside the training.
     Raises DbkitError where there is no such run.
     """
     show = _Region() if in_notebook() else _Line()
+    run, shown, waits = config.run or _locked_run(), None, False
     with contextlib.suppress(KeyboardInterrupt):
-        shown = None
         while True:
             try:
-                shown = status(config.run)
+                shown = status(run)
             except DbkitError:
-                # A training that starts over moves the run aside, and begins it anew once its data is looked at.
-                if not shown or not is_locked(shown.place.folder):
+                # Nothing is there yet while its class images are made, for which an older run may be moved aside first.
+                folder = shown.place.folder if shown else run and run.absolute()
+                if not folder or not (is_locked(folder) or is_locked(home_lock(folder))):
                     raise
+                if not waits:
+                    print(
+                        f"{folder} is being prepared: a process is at work, and nothing is to be shown yet", flush=True
+                    )
+                waits = True
             else:
                 ended = not shown.at_work and (shown.finished or shown.at_work is False)
                 show(shown, last=ended)
                 if ended:
                     return
             time.sleep(config.every_seconds)
+
+
+def _locked_run() -> Path | None:
+    """The run of the workspace at which a process of this machine began to work last; None where none is at work."""
+    runs = default_folder() / "runs"
+    locks = {lock for folder in (runs, working_folder(runs / "run", None).parent) for lock in folder.glob(".*.lock")}
+    newest_first = sorted(locks, key=lambda lock: lock.stat().st_mtime, reverse=True)
+    folders = (lock.with_name(lock.name[1:].removesuffix(".lock")) for lock in newest_first)
+    return next((folder for folder in folders if is_locked(folder)), None)
 
 
 def screen_of(run: Path, home: Path, done: int, total: int) -> Screen | None:

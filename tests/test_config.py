@@ -79,6 +79,9 @@ def test_each_default_has_its_declared_type(cls, field):
 def test_each_setting_has_a_help_on_one_line(cls, field):
     assert len(field.metadata["help"].split()) >= 3
     assert "\n" not in field.metadata["help"]
+    # An empty field of a form is auto's choice where auto is on.
+    if field.metadata.get("auto"):
+        assert "empty:" not in field.metadata["help"].replace("empty: auto's choice, without auto ", "")
 
 
 @pytest.mark.parametrize(("cls", "field"), fields_where(is_number))

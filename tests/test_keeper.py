@@ -126,6 +126,34 @@ def test_a_stop_file_stops_a_run_as_the_stop_button_does(settings, tmp_path):
     assert_equal(state_of(run), state_of(straight.parent))
 
 
+@pytest.mark.parametrize("place", ["fast", "home"])
+def test_a_folder_named_stop_stops_nothing_and_is_said(saving, tmp_path, monkeypatch, capsys, place):
+    monkeypatch.setattr(keeper, "LOOK_EVERY", 0.001)
+    folder = tmp_path / place / "run" / "STOP"
+    folder.mkdir(parents=True)
+    train(**{**saving, "output_dir": tmp_path / "home" / "run", "local_dir": tmp_path / "fast"})
+    said = capsys.readouterr().out
+    assert f"{folder} is a folder, which stops nothing; a file of that name does" in said
+    assert "4 of 4 steps are done" in said and folder.is_dir()
+
+
+@pytest.mark.parametrize("gone", ["renamed", "deleted"])
+def test_a_run_whose_folder_goes_while_it_trains_says_so_and_is_a_whole_run_again(saving, tmp_path, capsys, gone):
+    straight = train(**{**saving, "output_dir": tmp_path / "straight"})
+    run = saving["output_dir"]
+    settings = replace(TrainConfig(**saving), start_over=True)
+    action = (lambda: shutil.rmtree(run)) if gone == "deleted" else lambda: run.rename(tmp_path / "aside")
+    capsys.readouterr()
+    with at_unet_pass(3, action):
+        made = train(settings)
+    said = capsys.readouterr().out
+    assert said.count(f"{run} was deleted or renamed while it trains; from step 3 on it is saved in a new folder") == 1
+    assert_equal(read_weights(made, "unet"), read_weights(straight, "unet"))
+    assert TrainConfig.load(run / "settings.yaml") == settings
+    train(settings)
+    assert "4 steps done already" in capsys.readouterr().out
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no way to send itself Ctrl-C alone")
 def test_a_stop_that_comes_too_late_for_the_training_stops_what_would_come_after_it(settings, monkeypatch):
     train_module = importlib.import_module("dbkit.train")  # dbkit.train is the function

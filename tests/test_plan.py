@@ -61,7 +61,7 @@ def test_the_table_has_memory_disk_and_steps(settings):
     assert made.fits and "it fits" in said and not made.changes
     for part in ("trained weights", "optimizer state", OF_PROCESS, "disk", "memory in encoding the images"):
         assert part in said
-    assert "2; how long they take is known after the first ones" in said
+    assert "2; how long a step takes is known after the first steps" in said
     assert made.peak.total == max(peak.total for peak in made.peaks)
     assert "<td" in made._repr_html_() and "optimizer state" in made._repr_html_()
 
@@ -105,8 +105,16 @@ def test_the_time_is_that_of_the_runs_own_log(settings):
     lines = [{"step": step, "loss": 0.5, "seconds_per_step": 6.0} for step in (10, 20)]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     made = plan(**{**settings, "max_train_steps": 120})
-    assert made.seconds == 600 and "120; about 10 min to the end" in str(made)
+    # Nothing is saved, so it would begin at 0.
+    assert made.seconds == 720 and "120; about 12 min to the end" in str(made)
     assert plan(**{**settings, "max_train_steps": 120, "start_over": True}).seconds is None
+
+
+def test_of_a_finished_run_there_is_no_time_but_that_it_is_finished(config):
+    dbkit.train(config)
+    assert "2; all are done; to train further, raise max_train_steps" in str(plan(config))
+    # Moved aside, it is to be taken from the beginning.
+    assert "2; how long a step takes is known after the first steps" in str(plan(config, start_over=True))
 
 
 def test_a_size_that_is_not_the_models_is_said(settings, capsys):

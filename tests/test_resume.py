@@ -1,11 +1,14 @@
 """A run goes on only from a state that is its own."""
 
+import dataclasses
 import json
 import shutil
 
 import pytest
+from conftest import draw_photo
+from test_train import assert_same_run, log_of, stop_in_pass
 
-from dbkit import DbkitError, train
+from dbkit import DbkitError, TrainConfig, train
 from dbkit.checkpoint import manifest_text
 from dbkit.resume import identity_of, newest_state
 from dbkit.settings import replace
@@ -62,6 +65,86 @@ def test_starting_over_leaves_a_folder_that_is_no_run_where_it_is(settings, tmp_
     assert (tmp_path / "run" / "thesis.doc").exists()
 
 
-def test_starting_over_is_not_kept_in_the_settings(settings):
-    train(**settings, start_over=True)
-    assert "start_over: false" in (settings["output_dir"] / "settings.yaml").read_text(encoding="utf-8")
+@pytest.fixture
+def begun_over(config, smaller_model):
+    """Settings of four steps with start_over on, for a folder that holds an older run."""
+    config = replace(config, pretrained_model_name_or_path=str(smaller_model), log_interval=1)
+    train(config)
+    return replace(config, max_train_steps=4, learning_rate=1e-3, start_over=True)
+
+
+def asides(config):
+    """How many runs were moved aside."""
+    return len(list(config.output_dir.parent.glob("run-*")))
+
+
+def test_a_run_that_start_over_began_goes_on_with_the_same_settings_to_the_same_weights(begun_over, tmp_path, capsys):
+    straight = train(begun_over, output_dir=tmp_path / "straight")
+    stop_in_pass(begun_over, 2, step=2)
+    capsys.readouterr()
+    train(begun_over)
+    said = capsys.readouterr().out
+    assert "start_over was done already for this run, which goes on; to begin at step 0 again, choose another" in said
+    assert "continuing after step 2" in said and asides(begun_over) == 1
+    assert_same_run(straight.parent, begun_over.output_dir)
+    # Finished, it is not begun again either, and it is trained further as any other run is.
+    train(begun_over)
+    assert "start_over was done already" in capsys.readouterr().out and asides(begun_over) == 1
+    train(begun_over, max_train_steps=5, start_over=False)
+    train(begun_over, max_train_steps=6)
+    assert [line["step"] for line in log_of(begun_over.output_dir)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"seed": 1}, {"learning_rate": 1e-4}, {"instance_data_dir": "other"}], ids=lambda changes: str(changes)
+)
+def test_start_over_with_other_settings_or_pictures_moves_a_run_aside_that_it_began(begun_over, tmp_path, changes):
+    draw_photo(tmp_path / "other" / "one.png", colour="navy")
+    stop_in_pass(begun_over, 2, step=2)
+    changes = {name: tmp_path / value if value == "other" else value for name, value in changes.items()}
+    train(begun_over, **changes)
+    assert asides(begun_over) == 2 and [line["step"] for line in log_of(begun_over.output_dir)] == [1, 2, 3, 4]
+
+
+def test_start_over_moves_a_run_aside_that_it_began_where_the_pictures_changed_or_no_state_is_whole(begun_over, photos):
+    stop_in_pass(begun_over, 2, step=2)
+    draw_photo(photos / "teal.png", colour="navy")
+    stop_in_pass(begun_over, 2, step=2)
+    assert asides(begun_over) == 2
+    (state,) = (begun_over.output_dir / "resume").iterdir()
+    (state / "unet.safetensors").write_bytes(b"torn")
+    train(begun_over)
+    assert asides(begun_over) == 3 and [line["step"] for line in log_of(begun_over.output_dir)] == [1, 2, 3, 4]
+
+
+def test_a_run_that_was_given_other_settings_since_start_over_began_it_is_moved_aside(begun_over):
+    stop_in_pass(begun_over, 2, step=2)
+    stop_in_pass(begun_over, 1, step=3, start_over=False, learning_rate=1e-4)
+    # Of the same settings it is not the run that start_over would give.
+    train(begun_over, learning_rate=1e-4)
+    assert asides(begun_over) == 2
+
+
+def test_a_run_that_start_over_began_goes_on_on_another_machine(begun_over, tmp_path, capsys):
+    straight = train(begun_over, output_dir=tmp_path / "straight")
+    begun_over = replace(begun_over, local_dir=tmp_path / "one")
+    stop_in_pass(begun_over, 2, step=2)
+    capsys.readouterr()
+    train(begun_over, local_dir=tmp_path / "two")
+    assert "start_over was done already" in capsys.readouterr().out and asides(begun_over) == 1
+    assert_same_run(straight.parent, begun_over.output_dir)
+    # The first machine has an older state of the same run.
+    train(begun_over)
+    assert "4 steps done already" in capsys.readouterr().out and asides(begun_over) == 1
+
+
+def test_what_auto_chose_for_a_run_that_start_over_began_is_kept(begun_over, capsys):
+    given = dataclasses.asdict(begun_over)
+    for name in ("learning_rate", "train_batch_size", "num_class_images", "memory", "use_8bit_adam"):
+        del given[name]
+    automatic = TrainConfig(**{**given, "auto": True})
+    stop_in_pass(automatic, 2, step=2)
+    capsys.readouterr()
+    train(automatic)
+    said = capsys.readouterr().out
+    assert "goes on with" in said and "continuing after step 2" in said and asides(begun_over) == 1

@@ -128,16 +128,16 @@ def test_an_unfinished_run_tells_what_is_left_and_what_would_be_lost(run):
     # The median, so that one pause does not count.
     assert (shown.seconds_per_step, shown.seconds_left) == (5, 10)
     lines = lines_of(shown)
-    assert lines[0] == "dog: step 6 of 8 (75%), no process here is at work"
-    assert "  speed: 5 s a step, about 10 s of training left" in lines
-    assert "  steps lost if it stopped now: 2" in lines
+    assert lines[0] == "dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 4"
+    assert "  speed: 5 s a step" in lines
+    assert "  steps to be taken again: 2" in lines
 
 
 def test_epochs_leave_the_total_open(run):
     write_text(run / "settings.yaml", "num_train_epochs: 3\n")
     shown = status(run)
     assert (shown.total, shown.seconds_left, shown.finished) == (None, None, False)
-    assert lines_of(shown)[0] == "dog: step 6, no process here is at work"
+    assert lines_of(shown)[0] == "dog: step 6, stopped; train (the same cell or command) goes on from step 4"
     shutil.rmtree(run / "model")
     (run / "log.jsonl").unlink()
     assert not status(run).finished
@@ -157,10 +157,10 @@ def test_a_run_that_has_only_begun_has_nothing_yet(tmp_path):
     write_text(tmp_path / "new" / "settings.yaml", "max_train_steps: 8\n")
     shown = status(tmp_path / "new")
     assert str(shown).splitlines() == [
-        "new: step 0 of 8 (0%), no process here is at work",
+        "new: step 0 of 8 (0%), stopped; train (the same cell or command) begins at step 0",
         f"  folder: {tmp_path / 'new'}",
         "  last saved state: none",
-        "  steps lost if it stopped now: 0",
+        "  steps to be taken again: 0",
     ]
     assert "<svg" not in shown._repr_html_()
 
@@ -171,6 +171,8 @@ def test_another_process_at_work_is_seen_and_keeps_its_lock(run):
         shown = status(run)
         assert shown.at_work is True
         assert lines_of(shown)[0] == "dog: step 6 of 8 (75%), a process is at work"
+        assert "  steps lost if it stopped now: 2" in lines_of(shown)
+        assert any(line.endswith(" of training left") for line in lines_of(shown))
         with pytest.raises(DbkitError, match="another process is at work in"), one_process(run):
             pass
     assert status(run).at_work is False
@@ -296,7 +298,7 @@ def test_in_a_notebook_it_is_a_table_with_the_curve_and_names_are_text(run):
     page = ElementTree.fromstring(f"<div>{shown}</div>".replace(' alt="newest preview">', "/>"))
     rows = {row[0].text: row[1].text for row in page.iter("tr")}
     assert rows["folder"] == str(run)
-    assert rows["steps lost if it stopped now"] == "2"
+    assert rows["steps to be taken again"] == "2"
     assert [len(line.get("points").split()) for line in page.iter("polyline")] == [6, 6]
 
 
@@ -373,13 +375,16 @@ def test_a_run_that_is_copied_home_shows_both_places_whichever_is_asked_for(mirr
     assert (shown.home.last.step, shown.local.last.step) == (4, 6)
     assert (shown.lost_steps, shown.lost_steps_without_local) == (0, 2)
     lines = lines_of(shown)
-    assert lines[:2] == ["dog: step 6 of 8 (75%), no process here is at work", f"  folder: {local}"]
+    assert lines[:2] == [
+        "dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 6",
+        f"  folder: {local}",
+    ]
     assert lines[5:] == [
         "  log written: AGE ago",
         "  last saved state: step 6, AGE ago, 5 bytes, sizes are right",
         "  checkpoints: step 2",
         "  finished model: step 4, AGE ago",
-        "  steps lost if it stopped now: 0; 2 if this machine's disk went too",
+        "  steps to be taken again: 0; 2 if this machine's disk went too",
         f"  home: {home}",
         "  last saved state at home: step 4, AGE ago, SIZE, sizes are right",
         "  checkpoints at home: step 2",
@@ -397,10 +402,10 @@ def test_a_finished_run_that_is_not_home_yet_says_what_this_disk_alone_holds(mir
     commit(local / "model", 8, write_five, {})
     lines = lines_of(status(home))
     assert lines[0] == "dog: step 8 of 8 (100%), finished"
-    assert "  steps lost if it stopped now: 0; 4 if this machine's disk went too" in lines
+    assert "  steps to be taken again: 0; 4 if this machine's disk went too" in lines
     shutil.rmtree(home / "model")
     shutil.copytree(local / "model", home / "model")
-    assert not any("steps lost" in line for line in lines_of(status(home)))
+    assert not any("steps to be" in line for line in lines_of(status(home)))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there the lock cannot be looked at")
@@ -421,6 +426,8 @@ def test_of_another_machine_the_home_tells_what_it_last_knew(mirrored):
     shutil.rmtree(local)
     shown = status(home)
     assert shown.local is None
+    # It may train there.
+    assert lines_of(shown)[0] == "dog: step 6 of 8 (75%), no process here is at work"
     assert lines_of(shown)[-5:-1] == [
         "  copying to home: as of AGE ago, on another machine",
         "  being copied: resume/step_000006, 25% of 120 bytes",
@@ -501,7 +508,9 @@ def test_a_folder_that_is_no_run_is_refused(run, photos):
 
 def test_the_command_prints_it(run, capsys):
     assert main(["status", str(run)]) == 0
-    assert capsys.readouterr().out.startswith("dog: step 6 of 8 (75%), no process here is at work\n")
+    assert capsys.readouterr().out.startswith(
+        "dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 4\n"
+    )
     assert main(["status", str(run.with_name("dgo"))]) == 2
     assert capsys.readouterr().err == f"dbkit: there is no run {run.with_name('dgo')}; did you mean 'dog'?\n"
 

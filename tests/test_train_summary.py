@@ -35,7 +35,7 @@ def test_it_grows_and_ends_whole(config, capsys):
     assert "2 steps x 1 image = 2 samples: each of 3 instance images is seen 0.667 times on average" in texts[-1]
     assert "trained as 3 of 64 x 64; the crops keep 83% of the pictures" in texts[-1]
     assert "it fits" in texts[-1] and "<b>disk</b>" in texts[-1]
-    assert "how long they take is known after the first ones" in texts[-1]
+    assert "how long a step takes is known after the first steps" in texts[-1]
     assert capsys.readouterr() == ("", "")
 
 
@@ -96,6 +96,28 @@ def test_a_run_that_these_settings_do_not_continue_is_said_before_it_is_trained(
     assert "holds a run of 1 step that these settings do not continue: " in said and "resolution was 64" in said
     said = last(replace(other, start_over=True))
     assert "to be changed" not in said and "resolution is 128, but this model draws pictures of 64 px" in said
+    assert f"<b>starts over</b></td><td>the run in {config.output_dir} (1 step) is moved aside<" in said
+
+
+def test_of_a_finished_run_it_says_that_it_is_finished_and_of_none_that_it_starts_over(config):
+    assert "starts over" not in last(replace(config, start_over=True))
+    train(config)
+    said = last(config)
+    assert "<b>finished</b></td><td>all 2 steps are done; to train further, raise max_train_steps<" in said
+    assert "<b>time</b>" not in said and "starts over" not in said
+    assert "<b>goes on</b></td><td>after step 2, which is saved<" in last(replace(config, max_train_steps=3))
+
+
+def test_a_run_that_start_over_began_is_not_said_to_be_moved_aside(config, photos):
+    over = replace(config, start_over=True)
+    train(over, max_train_steps=1)
+    said = last(over)
+    assert "<b>goes on</b></td><td>after step 1, which is saved; start_over was done already<" in said
+    assert "starts over" not in said
+    # Other pictures are another run.
+    draw_photo(photos / "teal.png", colour="navy")
+    said = last(over)
+    assert "<b>starts over</b></td><td>the run in " in said and "to be changed" not in said and "goes on" not in said
 
 
 def test_on_a_new_machine_what_auto_chose_is_known_from_the_runs_home(config, settings, tmp_path):
@@ -104,6 +126,8 @@ def test_on_a_new_machine_what_auto_chose_is_known_from_the_runs_home(config, se
     train(**given | {"train_batch_size": 5, "max_train_steps": 1})
     said = last(TrainConfig(**given, auto=True, local_dir=tmp_path / "new machine"))
     assert "goes on with" in said and "train_batch_size 5" in said and "to be changed" not in said
+    # Native training has none.
+    assert "num_class_images" not in said
 
 
 def test_what_would_make_it_fit_is_said_where_it_does_not(config, monkeypatch):

@@ -2,6 +2,7 @@
 
 import contextlib
 import queue
+import shutil
 import signal
 import sys
 import threading
@@ -13,14 +14,15 @@ from test_status import at_work, run, trained  # noqa: F401
 from dbkit import DbkitError, watch
 from dbkit.cli import main
 from dbkit.mirror import Mirror
+from dbkit.resume import locked
 from dbkit.status import status_at_work
 
 
 def test_a_run_at_which_nobody_works_is_shown_once(run, capsys):  # noqa: F811
     assert watch(run) is None
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "dog: step 6 of 8 (75%), no process here is at work"
-    assert sum(line.startswith("dog: ") for line in lines) == 1 and "  steps lost if it stopped now: 2" in lines
+    assert lines[0] == "dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 4"
+    assert sum(line.startswith("dog: ") for line in lines) == 1 and "  steps to be taken again: 2" in lines
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
@@ -32,7 +34,7 @@ def test_it_goes_on_as_long_as_somebody_works_at_the_run(run, monkeypatch, capsy
         watch(run)
     heads = [line for line in capsys.readouterr().out.splitlines() if line.startswith("dog: ")]
     assert heads[0].startswith("dog: step 6 of 8 (75%), a process is at work, loss ")
-    assert heads[1:] == ["dog: step 6 of 8 (75%), no process here is at work"]
+    assert heads[1:] == ["dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 4"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
@@ -44,7 +46,38 @@ def test_it_waits_for_a_run_that_a_training_moves_aside_to_start_over(run, monke
         happens = iter([lambda: run.rename(aside), lambda: aside.rename(run), stack.close])
         monkeypatch.setattr("time.sleep", lambda seconds: next(happens)())
         watch(run)
-    assert "dog: step 6 of 8 (75%), no process here is at work" in capsys.readouterr().out
+    assert (
+        "dog: step 6 of 8 (75%), stopped; train (the same cell or command) goes on from step 4"
+        in capsys.readouterr().out
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
+@pytest.mark.parametrize("named", [True, False], ids=["named", "of the workspace"])
+def test_it_waits_for_a_run_that_is_locked_and_has_nothing_yet(run, workspace_folder, monkeypatch, capsys, named):  # noqa: F811
+    runs = workspace_folder / "runs"
+    shutil.copytree(run, runs / "before")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(at_work(runs / "dog"))
+        # Instead of waiting, the other process goes on.
+        happens = iter([lambda: None, lambda: run.rename(runs / "dog"), stack.close])
+        monkeypatch.setattr("time.sleep", lambda seconds: next(happens)())
+        watch(runs / "dog" if named else None)
+    said = capsys.readouterr().out
+    assert said.count(f"{runs / 'dog'} is being prepared: a process is at work, and nothing is to be shown yet") == 1
+    assert "dog: step 6 of 8 (75%), stopped" in said and "before:" not in said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
+def test_it_waits_at_the_home_of_a_run_that_works_elsewhere_and_has_nothing_yet(run, tmp_path, monkeypatch, capsys):  # noqa: F811
+    home = tmp_path / "home" / "dog"
+    home.mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(locked(tmp_path / "local" / "dog", home))
+        monkeypatch.setattr("time.sleep", lambda seconds: stack.close())
+        with pytest.raises(DbkitError, match="is no folder of a run"):
+            watch(home)
+    assert f"{home} is being prepared" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there the lock cannot be looked at")
@@ -123,8 +156,8 @@ except KeyboardInterrupt as stopped:
 """
     (outputs,) = outputs_of([said])
     last = [content for kind, content in outputs if kind == "update_display_data"][-1]["data"]["text/html"]
-    assert "no process here is at work" in last
-    assert "steps lost if it stopped now</td><td style='text-align:left'>0<" in last
+    assert "stopped; train (the same cell or command) goes on from step " in last
+    assert "steps to be taken again</td><td style='text-align:left'>0<" in last
 
 
 def outputs_of(cells):
