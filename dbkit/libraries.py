@@ -7,6 +7,7 @@ import logging
 import re
 import socket
 import textwrap
+import threading
 import urllib.parse
 import urllib.request
 import warnings
@@ -25,11 +26,15 @@ if TYPE_CHECKING:
 only_cached: ContextVar[bool] = ContextVar("only_cached", default=False)
 
 
+# transformers and accelerate change torch itself while they load, for all threads.
+_one_loads = threading.RLock()
+
+
 @contextlib.contextmanager
 def loading(name: str | Path) -> Iterator[None]:
-    """Say in one sentence why a model cannot be loaded."""
+    """Say in one sentence why a model cannot be loaded. One thread at a time loads."""
     try:
-        with quiet():
+        with _one_loads, quiet():
             yield
     except library_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

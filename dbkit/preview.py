@@ -70,7 +70,6 @@ def preview(config: PreviewConfig) -> Preview:
     if output.is_dir():
         raise DbkitError(f"output {output} is a folder; give the grid another name")
     require_place(output.with_suffix("") / "picture.png")
-    output.parent.mkdir(parents=True, exist_ok=True)
     source = find_source(config.model, config.lora)
     facts = model_facts(source.pretrained_model_name_or_path)
     if config.resolution:
@@ -78,6 +77,8 @@ def preview(config: PreviewConfig) -> Preview:
     check_clip_skip(config.clip_skip, facts and facts.text_layers)
     device = choose_device(config.device)
     dtype = choose_dtype(config.mixed_precision, device)
+    # Before the work: a folder that cannot be made is said at once.
+    output.with_suffix("").mkdir(parents=True, exist_ok=True)
     models = load_source(dataclasses.replace(source, clip_skip=config.clip_skip or source.clip_skip))
     place(models, device, dtype)
     return make_preview(

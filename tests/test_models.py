@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -414,3 +415,13 @@ def test_a_run_is_told_from_its_model(copied, tmp_path):
 def test_a_folder_that_is_no_model_is_said_to_be_none(tmp_path):
     with pytest.raises(DbkitError, match="is not a model folder, which has tokenizer"):
         model_facts(tmp_path)
+
+
+def test_models_may_be_loaded_in_several_threads_at_once(model):
+    with ThreadPoolExecutor(6) as pool:
+        loaded = list(pool.map(lambda number: load_models(model), range(6)))
+    expected = load_models(model).unet.state_dict()
+    for models in loaded:
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in models.unet.state_dict().items())
+    # Nothing of what the libraries change in torch while they load is left.
+    assert torch.nn.Linear(1, 1).weight.device.type == "cpu"

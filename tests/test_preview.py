@@ -220,6 +220,13 @@ def test_a_grid_that_cannot_be_written_is_refused_before_the_model_is_looked_for
         preview(tmp_path / "no model", prompt="a dog", output=tmp_path / output)
 
 
+def test_a_folder_that_cannot_be_made_is_said_before_the_model_is_loaded(copied, tmp_path):
+    (copied / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"no model")
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DbkitError, match=r"out is no folder, or lies in what is none \(.+\); choose another name"):
+        preview(copied, prompt="a dog", output=tmp_path / "out" / "grid.png")
+
+
 def test_a_grid_is_shown_at_any_height_and_not_at_all_once_it_is_gone(tmp_path):
     made = Preview(tmp_path / "grid.png", [])
     Image.new("RGB", (20, 66_000)).save(made.grid)
