@@ -154,7 +154,7 @@ def _for_preview(workspace: Workspace, run: Path | None) -> dict[str, Any]:
 
 def _prompts(run: Path, settings: dict[str, Any]) -> list[str]:
     """What a run's previews showed; of a run without previews what its settings or its captions name."""
-    measured = [line["prompts"] for line in read_lines(run, FIGURES) if line.get("prompts")]
+    measured = [line["previews"]["prompts"] for line in read_lines(run, FIGURES) if line.get("previews")]
     instance = settings.get("instance_prompt")
     prompts = measured[-1] if measured else [instance, instance and in_a_place(instance), settings.get("class_prompt")]
     data = Path(settings.get("instance_data_dir") or run / "none")

@@ -110,7 +110,7 @@ def test_prompts_are_those_of_the_previews_or_of_the_captions_where_the_settings
     # As a list of concepts leaves it.
     (run / "settings.yaml").write_text("instance_data_dir: null\nuse_txt_as_label: true\n", encoding="utf-8")
     assert suggest(PreviewConfig, workspace, "preview")["prompt"] == []
-    line = {"step": 4, "subject_fidelity": 0.5, "prompts": ["photo of zwx dog", "photo of\na cat"]}
+    line = {"step": 4, "previews": {"prompts": ["photo of zwx dog", "photo of\na cat"]}}
     (run / "figures.jsonl").write_text(json.dumps(line) + "\n")
     assert suggest(PreviewConfig, workspace, "preview")["prompt"] == ["photo of zwx dog", "photo of a cat"]
 
