@@ -17,6 +17,10 @@ class DbkitError(Exception):
         return [f"DbkitError: {self}"]
 
 
+class CannotGoOn(DbkitError):
+    """What is saved of a run cannot be gone on with as asked; start_over moves it aside."""
+
+
 class DiskError(DbkitError):
     """A disk is full or failing: what a training survives."""
 

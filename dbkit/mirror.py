@@ -21,7 +21,7 @@ from typing import Any
 
 from dbkit.checkpoint import MANIFEST, by_step, newest_valid, read_manifest, remove_committed, rotate
 from dbkit.copies import copy_committed, copy_loose, manifest_of, partial_of, reason_of, restore
-from dbkit.errors import DbkitError
+from dbkit.errors import CannotGoOn, DbkitError
 from dbkit.files import FULL, full_disk_is_a_sentence, require_space, size
 
 # In both folders: what is going on, for other processes.
@@ -386,12 +386,12 @@ def bring_back(local: Path, home: Path) -> list[str]:
         _fetch(local, there.folder, home)
         return [*skipped, f"step {there.step} was brought from {home} to {local}"]
     if here is None and skipped:
-        raise DbkitError(
+        raise CannotGoOn(
             f"no saved state in {home / 'resume'} is whole ({'; '.join(skipped)}); set start_over to begin again at "
             "step 0"
         )
     if here is None and finished:
-        raise DbkitError(
+        raise CannotGoOn(
             f"{home} holds a finished model and no state to go on from; choose another output_dir, or set start_over, "
             "which moves it aside"
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbkit import processes
 from dbkit.config import TrainConfig
-from dbkit.errors import DbkitError
+from dbkit.errors import CannotGoOn, DbkitError
 from dbkit.in_backward import AdamWInBackward
 from dbkit.libraries import quiet
 
@@ -49,7 +49,7 @@ def choose_library(config: TrainConfig, device: torch.device, before: str | None
         faults[library] = fault
     reasons = " and ".join(f"{library}, which does not work here ({fault})" for library, fault in faults.items())
     if before in faults and len(LIBRARIES[name]) > 1:
-        raise DbkitError(
+        raise CannotGoOn(
             f"this run's saved state is of {reasons}; mend that (pip install {before}), choose another output_dir, or "
             "set start_over"
         )

@@ -16,7 +16,7 @@ from dbkit.checkpoint import Checkpoint
 from dbkit.class_images import make_class_images
 from dbkit.concepts import Concept, concepts_of, warnings
 from dbkit.config import ClassImagesConfig
-from dbkit.errors import DbkitError, counted
+from dbkit.errors import CannotGoOn, DbkitError, counted
 from dbkit.examples import (
     Example,
     class_examples,
@@ -91,9 +91,9 @@ def begin(
         open_run(going_on, run, home)
         chosen = choose_settings(going_on, run, device, dtype)
         plan = make_plan(chosen, run, device, home)
-    except DbkitError as error:
-        # Other pictures, or no state that is whole: what the sentence advises was asked for already.
-        if going_on is config or "set start_over" not in str(error):
+    except CannotGoOn:
+        # Other pictures, or no state that is whole: to start over was asked for already.
+        if going_on is config:
             raise
     else:
         if going_on is not config:

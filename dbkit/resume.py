@@ -12,7 +12,7 @@ from typing import Any
 
 from dbkit import models, processes
 from dbkit.checkpoint import Checkpoint, by_step, find_fault, newest_valid, read_manifest
-from dbkit.errors import DbkitError, counted
+from dbkit.errors import CannotGoOn, DbkitError, counted
 from dbkit.examples import Example, fingerprint
 from dbkit.files import move_aside, one_process
 from dbkit.mirror import STOP, bring_back, home_lock
@@ -205,10 +205,10 @@ def newest_state(run: Path) -> Checkpoint | None:
     for sentence in skipped:
         print(sentence)
     if skipped and not saved:
-        raise DbkitError(f"no saved state in {run / 'resume'} is whole; set start_over to begin again at step 0")
+        raise CannotGoOn(f"no saved state in {run / 'resume'} is whole; set start_over to begin again at step 0")
     left = "a finished model" if (run / "model").exists() else "checkpoints" if by_step(run / "checkpoints") else None
     if saved is None and left:
-        raise DbkitError(
+        raise CannotGoOn(
             f"{run} holds {left} and no state to go on from; choose another output_dir, or set start_over, which moves "
             "it aside"
         )
@@ -232,7 +232,7 @@ def check_same_run(saved: Checkpoint | None, identity: dict[str, Any], run: Path
     if changed:
         number = before["processes"]
         how = f" (torchrun --nproc_per_node {number} starts {number})" if number != processes.world() else ""
-        raise DbkitError(
+        raise CannotGoOn(
             f"{run} holds a run of {counted(saved.step, 'step')} that these settings do not continue: "
             f"{', '.join(changed)}; change that back{how}, choose another output_dir, or set start_over"
         )

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 from dbkit.auto import settings_and_reasons
 from dbkit.checkpoint import Checkpoint, by_step, read_manifest
 from dbkit.concepts import Concept, concepts_of, warnings
-from dbkit.errors import DbkitError, counted
+from dbkit.errors import CannotGoOn, DbkitError, counted
 from dbkit.examples import Example, describe_pictures, describe_prompts, instance_examples, unread_examples
 from dbkit.identifier import how_read
 from dbkit.libraries import only_cached
@@ -120,9 +120,9 @@ def _found(config: TrainConfig) -> Iterator[list[tuple[str, str]]]:
         pictures = describe_pictures(instance)
         try:
             _check_continues(config, where, instance)
-        except DbkitError as error:
-            # As in training: what the sentence advises was asked for already.
-            if not asked.start_over or "set start_over" not in str(error):
+        except CannotGoOn:
+            # As in training: to start over was asked for already.
+            if not asked.start_over:
                 raise
             config = replace(config, start_over=True)
     yield [("pictures", "\n".join((*pictures, *warnings(concepts), *warnings_of(config))))]
