@@ -36,7 +36,7 @@ from dbkit.files import (
 )
 from dbkit.libraries import hub_errors, hub_options, status_and_reason
 from dbkit.models import CONFIGS, WEIGHTS, models_beside, weight_names
-from dbkit.workspace import working_folder
+from dbkit.workspace import FOLDERS, working_folder
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -92,7 +92,7 @@ def find(source: str | Path, suffixes: Sequence[str]) -> Place:
     if saved := models_beside(path):
         raise DbkitError(f"there is no file or folder {path}; the run has {some(saved)}")
     # An id that ends as a file does, or a file in a repository that does not, is a path with a mistake in it.
-    if _is_repo(f"{owner}/{name}") and _ends(file or name, suffixes) == bool(file):
+    if _is_repo(f"{owner}/{name}") and owner not in FOLDERS and _ends(file or name, suffixes) == bool(file):
         return OnHub(f"{owner}/{name}", file or None)
     raise DbkitError(f"there is no file or folder {path}; check the path")
 

@@ -88,21 +88,24 @@ def begin(
     """
     going_on = settled(config, run, home)
     try:
-        open_run(going_on, run, home)
-        chosen = choose_settings(going_on, run, device, dtype)
-        plan = make_plan(chosen, run, device, home)
+        begun = _begin(going_on, run, home, device, dtype)
     except CannotGoOn:
         # Other pictures, or no state that is whole: to start over was asked for already.
         if going_on is config:
             raise
-    else:
-        if going_on is not config:
-            folders = " and ".join(map(str, dict.fromkeys((home, run))))
-            print(
-                "start_over was done already for this run, which goes on; to begin at step 0 again, choose another "
-                f"output_dir or delete {folders}"
-            )
-        return chosen, plan
+        return _begin(config, run, home, device, dtype)
+    if going_on is not config:
+        folders = " and ".join(map(str, dict.fromkeys((home, run))))
+        print(
+            "start_over was done already for this run, which goes on; to begin at step 0 again, choose another "
+            f"output_dir or delete {folders}"
+        )
+    return begun
+
+
+def _begin(
+    config: TrainConfig, run: Path, home: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[TrainConfig, RunPlan]:
     open_run(config, run, home)
     chosen = choose_settings(config, run, device, dtype)
     return chosen, make_plan(chosen, run, device, home)
