@@ -122,7 +122,7 @@ def test_a_source_that_is_not_here_is_an_id_or_an_address(source, place):
 
 
 @pytest.mark.parametrize(
-    "source", ["nowhere", "models/small.safetensors", "./a/b", "a/b/c", "a/b/c.txt", "/a/b", "ä/b"]
+    "source", ["nowhere", "models/small.safetensors", "models/sd15", "./a/b", "a/b/c", "a/b/c.txt", "/a/b", "ä/b"]
 )
 def test_what_is_neither_a_path_nor_an_id_is_said(source):
     with pytest.raises(DbkitError, match=rf"there is no file or folder {re.escape(str(Path(source)))}; check the path"):
