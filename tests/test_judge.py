@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 import types
 from pathlib import Path
 
@@ -109,17 +110,23 @@ def judge_of(run, done=0):
     return Judge(types.SimpleNamespace(auto_test_model=False, judge_steps=True), run, plan, dict)
 
 
+def blocker(run):
+    """Where a folder keeps this thread from writing a run's figures."""
+    return run / f"figures.jsonl.{threading.get_native_id()}.partial"
+
+
 def test_figures_that_cannot_be_written_end_no_training_and_that_is_said_once(settings, tmp_path, capsys):
-    (tmp_path / "run" / "figures.jsonl.partial").mkdir(parents=True)
+    blocker(tmp_path / "run").mkdir(parents=True)
     train(**settings | MEASURED)
     assert capsys.readouterr().out.count("the figures of saved steps cannot be kept: ") == 1
 
 
 def test_what_a_disk_did_not_take_is_written_with_the_next_step(tmp_path):
     judge = judge_of(tmp_path / "run")
-    blocked = tmp_path / "run" / "figures.jsonl.partial"
+    blocked = blocker(tmp_path / "run")
     blocked.mkdir()
     judge(1)
+    assert not read_log(tmp_path / "run" / "figures.jsonl")
     blocked.rmdir()
     judge(2)
     assert [line["step"] for line in read_log(tmp_path / "run" / "figures.jsonl")] == [1, 2]
