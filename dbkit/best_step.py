@@ -102,8 +102,9 @@ def recommend(figures: list[dict[str, Any]], among: Iterable[int]) -> Recommenda
     if gap is not None:
         notes.append(f"by the loss, since {_why_unlike(lines, gap)}")
     if best <= way.nothing or worth[most] <= 0:
-        reason = f"it is the least bad, since no step gained much in {way.what}{_in_brackets(notes)}"
-        return Recommendation(most, f"{reason}; raise max_train_steps or learning_rate")
+        # Read while a training runs too.
+        reason = f"it is the least bad so far, since no step gained much in {way.what}{_in_brackets(notes)}"
+        return Recommendation(most, f"{reason}; more steps or a higher learning_rate may help")
     good = [step for step in usable if worth[step] >= way.share * best]
     after = {step: worth[beside[step][-1]] for step in measured}
     # A lucky picture has no such neighbour.

@@ -25,7 +25,7 @@ from dbkit.files import refusals_are_sentences, write_text
 from dbkit.settings import Settings, checked, coerce, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
 from dbkit.train_config import TrainConfig
-from dbkit.train_summary import Background, summarize
+from dbkit.train_summary import WRONG, Background, summarize
 from dbkit.workspace import Workspace
 
 Config = TypeVar("Config", bound=Settings)
@@ -269,7 +269,10 @@ class Form(widgets.VBox, Generic[Config]):
         self._message.value = red(said) + self._folded(said) if wrong else ""
         if issubclass(self._cls, TrainConfig):
             _let_out()
-            self._background.give(config, lambda text: setattr(self._summary, "value", text + self._folded(text)))
+            self._background.give(config, self._summarized)
+
+    def _summarized(self, text: str) -> None:
+        self._summary.value = text + self._folded(text.partition(WRONG)[2])
 
     def _folded(self, text: str) -> str:
         """Where the settings are that a text names and that are folded away."""

@@ -36,7 +36,8 @@ from dbkit.train_config import TrainConfig
 Value = TypeVar("Value")
 # The name of the thread.
 BACKGROUND = "summary of a form"
-_WRONG = "to be changed"
+# The title of the row that says what is wrong, the last one.
+WRONG = "to be changed"
 # Each change of the form looks at the pictures again, so of many it does not.
 MOST_PICTURES = 200
 
@@ -90,7 +91,7 @@ def summarize(config: TrainConfig | None) -> Generator[str, None, None]:
             rows += found
             yield _table(rows) + "<p>…</p>"
     except DbkitError as error:
-        rows.append((_WRONG, str(error)))
+        rows.append((WRONG, str(error)))
     except Exception as error:  # nobody would see it: a cell that shows a thread's mistakes may be any
         rows.append(("not known", f"{type(error).__name__}: {error}"))
     finally:
@@ -192,7 +193,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 
 def _cell(title: str, text: str) -> str:
-    return f"<span style='color:crimson'>{_lines(text)}</span>" if title == _WRONG else _lines(text)
+    return f"<span style='color:crimson'>{_lines(text)}</span>" if title == WRONG else _lines(text)
 
 
 def _lines(text: str) -> str:

@@ -110,7 +110,9 @@ def test_a_run_that_learnt_nothing_is_not_recommended_for_the_seed_of_its_later_
     measured = lines(range(0, 10, 2), subject_fidelity=[0.2, 0.2, 0.2, 0.6, 0.6], validation_loss=[0.2] * 5)
     for line in measured:
         line["previews"] = {"test_seed": 1 if line["step"] <= 4 else 5}
-    assert recommend(measured, [2, 4, 6, 8]).reason.startswith("it is the least bad, since no step gained much in fit")
+    assert recommend(measured, [2, 4, 6, 8]).reason.startswith(
+        "it is the least bad so far, since no step gained much in fit"
+    )
 
 
 def test_where_later_previews_were_not_judged_all_steps_are_compared_by_the_loss():
@@ -163,10 +165,10 @@ def test_without_judged_previews_the_loss_at_fixed_noise_decides_and_that_is_sai
 
 def test_where_nothing_was_gained_the_step_that_lost_least_is_named():
     found = recommend(lines(subject_fidelity=[0.5, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]), STEPS)
-    assert found.step == 200 and found.reason.startswith("it is the least bad, since no step gained much")
+    assert found.step == 200 and found.reason.startswith("it is the least bad so far, since no step gained much")
     # Nor is it a gain that pictures of one model differ by, or that the class made too.
     slight = lines(subject_fidelity=[0.0, 0.1, 0.18, 0.18, 0.18, 0.18, 0.18], class_leak=[0, 0.09, 0.17, *[0.18] * 4])
-    assert recommend(slight, STEPS).reason.startswith("it is the least bad, since no step gained much")
+    assert recommend(slight, STEPS).reason.startswith("it is the least bad so far, since no step gained much")
 
 
 @pytest.mark.parametrize(

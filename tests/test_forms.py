@@ -461,3 +461,14 @@ def test_two_forms_of_one_file_keep_what_was_changed_in_either(workspace):
     workspace.settings_file("prepare").write_text("of_a_later_version: 1\n", encoding="utf-8")
     form(PrepareConfig, workspace).set(resolution=128)
     assert kept(workspace, "prepare") == {"of_a_later_version": 1, "resolution": "128"}
+
+
+def test_a_setting_that_the_summary_wants_changed_is_found_too(workspace):
+    settings = form(TrainConfig, workspace)
+    settings.set(instance_prompt="photo of zwx thing", use_txt_as_label=False)
+    settings.read()
+    assert "gradient_accumulation_steps" in settings._summary.value and "Under" not in settings._summary.value
+    settings.set(use_aspect_ratio_bucket=True, bucket_min_side=128, bucket_max_side=64)
+    settings.read()
+    assert "to be changed" in settings._summary.value
+    assert "Under <i>more of pictures</i>: bucket_max_side, bucket_min_side" in settings._summary.value
