@@ -151,11 +151,12 @@ class Form(widgets.VBox, Generic[Config]):
         elif get_origin(kind) is Literal:
             look = (widgets.Dropdown, {"options": get_args(kind)})
         elif is_several(kind):
-            look = (widgets.Textarea, {"placeholder": "one on each line", "continuous_update": False})
+            look = (widgets.Textarea, {"placeholder": "one on each line", "continuous_update": False, "rows": 3})
         else:
             # A Combobox is a Text that offers something.
             empty = self._empty(field)
-            offered = self._offered.get(field.name, [])
+            named = [str(one) for part in get_args(kind) if get_origin(part) is Literal for one in get_args(part)]
+            offered = self._offered.get(field.name, named)
             look = (widgets.Combobox, {"placeholder": empty, "continuous_update": False, "options": offered})
         for_name, for_box, for_note = self._layouts
         try:

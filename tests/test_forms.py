@@ -472,3 +472,7 @@ def test_a_setting_that_the_summary_wants_changed_is_found_too(workspace):
     settings.read()
     assert "to be changed" in settings._summary.value
     assert "Under <i>more of pictures</i>: bucket_max_side, bucket_min_side" in settings._summary.value
+
+
+def test_a_choice_that_may_be_left_empty_offers_what_it_can_be(workspace):
+    assert form(ConvertConfig, workspace, "export")._inputs["save_precision"].options == ("fp16", "bf16", "fp32")
