@@ -13,8 +13,8 @@ import ipywidgets as widgets
 
 from dbkit.edits import Captions
 from dbkit.errors import DbkitError, counted
-from dbkit.forms import red
 from dbkit.images import jpeg, thumbnail
+from dbkit.train_summary import red
 
 # Pictures at once: the browser gets each as a file of its own, and 200 would flood it.
 PER_PAGE = 12

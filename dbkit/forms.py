@@ -25,7 +25,7 @@ from dbkit.files import refusals_are_sentences, write_text
 from dbkit.settings import Settings, checked, coerce, field_type, groups, is_on, is_optional, is_several, read_yaml
 from dbkit.suggestions import choices, suggest
 from dbkit.train_config import TrainConfig
-from dbkit.train_summary import WRONG, Background, summarize
+from dbkit.train_summary import WRONG, Background, red, summarize
 from dbkit.workspace import Workspace
 
 Config = TypeVar("Config", bound=Settings)
@@ -84,8 +84,8 @@ class Form(widgets.VBox, Generic[Config]):
             self._inputs["auto"].observe(lambda change: self._say_left(), "value")
             self._say_left()
         # What a training is made of goes together: once something of it is changed, the rest stays as it stands.
-        shown = issubclass(cls, TrainConfig) and {key for key, value in suggested.items() if value is not None}
-        self._together = set(self._inputs) & (shown or set())
+        kept_together = suggested.items() if issubclass(cls, TrainConfig) else ()
+        self._together = {key for key, value in kept_together if key in self._inputs and value is not None}
         # Above and below, since a form is longer than a screen.
         super().__init__([*self._news(found), self._message, *sections, self._message, self._summary])
         self._check()
@@ -303,11 +303,6 @@ def _show(widget: widgets.Widget, shown: bool) -> None:
 
 def _help(field: dataclasses.Field, fault: str = "") -> str:
     return f"<div style='{_DENSE}'>{html.escape(field.metadata['help'])}{fault}</div>"
-
-
-def red(text: str) -> str:
-    """A sentence that says what is wrong, as HTML that can be read on light and dark."""
-    return f"<span style='color:crimson'>{html.escape(text).replace(chr(10), '<br>')}</span>"
 
 
 def _shown(value: Any, kind: type[widgets.Widget]) -> Any:

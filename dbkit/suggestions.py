@@ -18,7 +18,7 @@ from dbkit.libraries import choose_device
 from dbkit.models import model_facts
 from dbkit.planning import in_a_place
 from dbkit.report import REPORT
-from dbkit.run_folder import FIGURES, read_lines, run_settings
+from dbkit.run_folder import FIGURES, Saved, read_lines, run_settings
 from dbkit.saved_models import saved_models
 from dbkit.settings import Settings, read_yaml
 from dbkit.status import status
@@ -47,7 +47,8 @@ def suggest(cls: type[Settings], workspace: Workspace, name: str, run: Path | No
     if cls is PreviewConfig:
         return _for_preview(workspace, run or _newest_run(workspace))
     if cls is ConvertConfig and name == "export":
-        return _for_export(workspace, run or _newest_run(workspace))
+        run = run or _newest_run(workspace)
+        return _for_export(workspace, run, status(run).best if run else None)
     if cls is ConvertConfig:
         source = (
             workspace.newest("models/*.safetensors") or workspace.newest("models/*.ckpt") or _sample_file(workspace)
@@ -61,9 +62,10 @@ def export_of(workspace: Workspace, run: Path) -> ConvertConfig:
 
     Raises DbkitError where the run has nothing whole to export.
     """
-    if status(run).best is None:
+    best = status(run).best
+    if best is None:
         raise DbkitError(f"{run} has no whole checkpoint and no finished model to export; run the training again")
-    return workspace.anchor(ConvertConfig.from_dict(_for_export(workspace, run)))
+    return workspace.anchor(ConvertConfig.from_dict(_for_export(workspace, run, best)))
 
 
 def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, list[str]]:
@@ -89,11 +91,12 @@ def choices(cls: type[Settings], workspace: Workspace, name: str) -> dict[str, l
 
 def _for_prepare(workspace: Workspace) -> dict[str, Any]:
     source = _photos(workspace) or workspace.newest("photos/*.zip") or data_templates() / SAMPLE
+    base, resolution = _base_model(workspace)
     return {
         "source": source,
         "destination": Path("datasets") / (source.name if source.is_dir() else source.stem),
-        "resolution": _base_model(workspace)[1],
-        "pretrained_model_name_or_path": _base_model(workspace)[0],
+        "resolution": resolution,
+        "pretrained_model_name_or_path": base,
     }
 
 
@@ -130,8 +133,7 @@ def _newest_run(workspace: Workspace) -> Path | None:
     return next((workspace.path / "runs" / model.run for model in saved_models(workspace).models), None)
 
 
-def _for_export(workspace: Workspace, run: Path | None) -> dict[str, Any]:
-    best = status(run).best if run else None
+def _for_export(workspace: Workspace, run: Path | None, best: Saved | None) -> dict[str, Any]:
     model = best.folder if best else _local_base(workspace)
     name = f"{run.name}-{best.step}" if best else model.name
     return {
@@ -157,11 +159,13 @@ def _prompts(run: Path, settings: dict[str, Any]) -> list[str]:
     measured = [line["previews"]["prompts"] for line in read_lines(run, FIGURES) if line.get("previews")]
     instance = settings.get("instance_prompt")
     prompts = measured[-1] if measured else [instance, instance and in_a_place(instance), settings.get("class_prompt")]
+    # In a form each line is a prompt.
+    if found := list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts if prompt)):
+        return found
     data = Path(settings.get("instance_data_dir") or run / "none")
     images = list_images(data)[:1] if data.is_dir() else []
     captions = [image.stem if settings.get("use_filename_as_label") else read_caption(image) for image in images]
-    # In a form each line is a prompt.
-    return list(dict.fromkeys(" ".join(prompt.split()) for prompt in prompts if prompt)) or list(filter(None, captions))
+    return list(filter(None, captions))
 
 
 def _guidance(model: str | Path, run: dict[str, Any]) -> dict[str, Any]:

@@ -187,13 +187,14 @@ def _table(rows: list[tuple[str, str]]) -> str:
     cells = (
         "<tr style='vertical-align:top'><td style='padding-right:1em;white-space:nowrap'><b>{}</b></td><td>{}</td></tr>"
     )
-    filled = "".join(cells.format(_lines(title), _cell(title, text)) for title, text in rows)
+    filled = "".join(cells.format(_lines(title), red(text) if title == WRONG else _lines(text)) for title, text in rows)
     heading = "<h3 style='margin:12px 0 4px'>What this comes to</h3>"
     return f"{heading}<table style='line-height:1.4;text-align:left'>{filled}</table>"
 
 
-def _cell(title: str, text: str) -> str:
-    return f"<span style='color:crimson'>{_lines(text)}</span>" if title == WRONG else _lines(text)
+def red(text: str) -> str:
+    """A sentence that says what is wrong, as HTML that can be read on light and dark."""
+    return f"<span style='color:crimson'>{_lines(text)}</span>"
 
 
 def _lines(text: str) -> str:
